@@ -1,0 +1,79 @@
+"""Training step and probe for the TensorFlow backend."""
+
+import keras
+import tensorflow as tf
+
+
+class Step:
+    """`train_step` with adaptive gradient clipping; without an `agc`, Keras' own."""
+
+    def train_step(self, data):
+        if self.agc is None:
+            return super().train_step(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+            scaled_loss = self.optimizer.scale_loss(loss)
+        variables = self.trainable_variables
+        gradients = tape.gradient(scaled_loss, variables)
+        scale = self.optimizer.scale_loss(tf.ones((), loss.dtype))
+
+        # Under a strategy each replica holds the gradient of its share of the loss. AGC bounds the whole: sum first,
+        # then clip, then divide, because the optimizer sums over the replicas once more.
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if replicas > 1:
+            gradients = _all_reduce(gradients)
+        gradients, clipped = self.agc.clip(gradients, [v.value for v in variables], self.agc_axes(), scale)
+        if replicas > 1:
+            gradients = [g if g is None else g / replicas for g in gradients]
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+        size = tf.shape(tf.nest.flatten(x)[0])[0]
+        self._loss_tracker.update_state(loss * replicas, sample_weight=size)
+        logs = self.compute_metrics(x, y, y_pred, sample_weight)
+        return {**logs, "agc_clipped": clipped} if self.agc.log_clipped else logs
+
+
+def _all_reduce(gradients: list) -> list:
+    present = [g for g in gradients if g is not None]
+    reduced = iter(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, present))
+    return [g if g is None else next(reduced) for g in gradients]
+
+
+def signals(model: keras.Model, taps: list[str], compute_loss, reduce):
+    """Compile a probe of one model: forward values of the taps, gradients at the taps and at the weights, reduced.
+
+    Args:
+        model: a functional model.
+        taps: names of layers whose outputs are observed.
+        compute_loss: (y, outputs) -> scalar loss; None for a probe without gradients.
+        reduce: (activations, weights, gradients, weight_gradients) -> structure of scalars. The first and third map
+            tap names to tensors, the others variable paths; the gradients are empty without a loss.
+
+    Returns:
+        A function (x, y) -> structure of scalars that leaves every state of the model as it was.
+    """
+    outputs = {name: model.get_layer(name).output for name in taps}
+    probe = keras.Model(model.inputs, {"taps": outputs, "outputs": model.outputs[0]})
+    paths = [v.path for v in probe.trainable_variables]
+
+    # XLA multiplies the time of a convolutional graph on a CPU; the probe stays in the plain graph.
+    @tf.function(jit_compile=False)
+    def run(x, y, trainable, non_trainable):
+        if compute_loss is None:
+            values, _ = probe.stateless_call(trainable, non_trainable, x, training=True)
+            return reduce(values["taps"], dict(zip(paths, trainable, strict=True)), {}, {})
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(trainable)
+            values, _ = probe.stateless_call(trainable, non_trainable, x, training=True)
+            loss = compute_loss(y, values["outputs"])
+        wanted = [values["taps"], dict(zip(paths, trainable, strict=True))]
+        gradients = tape.gradient(loss, wanted, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return reduce(*wanted, *gradients)
+
+    def call(x, y):
+        state = ([tf.convert_to_tensor(v.value) for v in vs] for vs in (probe.trainable_variables, probe.non_trainable_variables))
+        return run(tf.convert_to_tensor(x), None if y is None else tf.convert_to_tensor(y), *state)
+
+    return call

@@ -1,0 +1,57 @@
+"""`NFModel`: a functional Keras model whose training step can clip gradients adaptively."""
+
+import keras
+
+from nfzoo.agc import AGC
+from nfzoo.backend import Step
+
+
+@keras.saving.register_keras_serializable(package="nfzoo")
+class NFModel(Step, keras.Model):
+    """A functional `keras.Model`; `compile(agc=AGC(...))` adds adaptive gradient clipping to `fit`.
+
+    Everything else is Keras': saving, cloning, export, `trainable`, mixed precision. Under mixed float16 the clipping
+    threshold is multiplied by the loss scale; under a TensorFlow strategy gradients are summed over replicas first.
+
+    Example:
+        >>> import nfzoo
+        >>> model = nfzoo.build("nf_test_efficientnet", classes=10)
+        >>> model.compile("sgd", "sparse_categorical_crossentropy", agc=nfzoo.AGC(0.01))
+        >>> model.agc.clip_factor
+        0.01
+    """
+
+    # A class attribute, not set in __init__: a functional subclass must leave the constructor untouched to load.
+    agc: AGC | None = None
+
+    def compile(self, *args, agc: AGC | None = None, **kwargs) -> None:
+        """Configure training as `keras.Model.compile`, with `agc` for adaptive gradient clipping (None: off).
+
+        Raises:
+            ValueError: if AGC does not know the units of a variable, if an exclude pattern matches nothing, or if the
+                optimizer accumulates gradients.
+        """
+        if agc is not None and not isinstance(agc, AGC):
+            raise TypeError(f"Expected agc to be an nfzoo.AGC or None. Received: agc={agc!r}")
+        super().compile(*args, **kwargs)
+        if agc is not None and getattr(self.optimizer, "gradient_accumulation_steps", None):
+            raise ValueError(
+                "AGC would clip each micro-batch instead of the accumulated gradient. Received an optimizer with "
+                f"gradient_accumulation_steps={self.optimizer.gradient_accumulation_steps}; leave it out, or the AGC."
+            )
+        self.agc = agc
+        self._agc_units = None if agc is None else agc.units(self)
+
+    def agc_axes(self) -> list:
+        """Unit axes of the trainable variables, in their order, as decided when the model was compiled."""
+        return [self._agc_units[v.path] for v in self.trainable_variables]
+
+    # Keras restores `compile` arguments of a subclass with its own `compile` only through this pair.
+    def get_compile_config(self) -> dict:
+        config = super().get_compile_config()
+        return {**config, "agc": keras.saving.serialize_keras_object(self.agc)} if config and self.agc else config
+
+    def compile_from_config(self, config: dict) -> None:
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built and self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
