@@ -27,8 +27,7 @@ def unitwise_norm(x: Any, axes: Sequence[int]) -> Any:
         >>> np.asarray(unitwise_norm(np.array([[3.0, 0.0], [4.0, 0.0]]), (0,))).tolist()
         [[5.0, 0.0]]
     """
-    x = ops.convert_to_tensor(x)
-    return ops.sqrt(ops.sum(ops.square(x), axis=tuple(axes), keepdims=True)) if axes or x.ndim == 0 else ops.abs(x)
+    return ops.sqrt(ops.sum(ops.square(x), axis=tuple(axes), keepdims=True)) if axes else ops.abs(x)
 
 
 def clip(gradient: Any, weight: Any, axes: Sequence[int], clip_factor: float, eps: float, scale: Any = 1.0):

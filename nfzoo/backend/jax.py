@@ -27,6 +27,11 @@ class Step:
         return logs, (trainable, non_trainable, optimizer_variables, metrics_variables)
 
 
+def sync(model: keras.Model) -> None:
+    """Write the state that `fit` carries between steps back into the model's variables."""
+    model.jax_state_sync()
+
+
 class _Perturb(keras.layers.Layer):
     """Add the zero that a tap is differentiated by: JAX has gradients of inputs only."""
 

@@ -41,6 +41,10 @@ def _all_reduce(gradients: list) -> list:
     return [g if g is None else next(reduced) for g in gradients]
 
 
+def sync(model: keras.Model) -> None:
+    """Variables are always up to date here."""
+
+
 def signals(model: keras.Model, taps: list[str], compute_loss, reduce):
     """Compile a probe of one model: forward values of the taps, gradients at the taps and at the weights, reduced.
 

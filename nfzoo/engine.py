@@ -1,0 +1,267 @@
+"""Train and evaluate: one flat function per job, and a folder that tells everything about its run.
+
+A run's folder holds options.json (model, recipe, versions, commit, command), history.csv, spp.jsonl, checkpoints/,
+and at the end model.keras and metrics.json. Running the same command again resumes, or returns the result.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import keras
+import numpy as np
+from rich.console import Console
+
+import nfzoo
+from nfzoo import callbacks, data, recipes, registry, spp
+from nfzoo.agc import AGC
+
+PROBE_SIZE = 128
+
+
+def options(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -> dict:
+    """Resolve what a run would do, without doing it."""
+    build = {}
+    for pattern, fields in recipe.build.items():
+        if fnmatch(model, pattern):
+            build |= fields
+    return {
+        "model": model,
+        "build": build | (overrides or {}),
+        "recipe": recipe.model_dump(mode="json"),
+        "fingerprint": recipes.fingerprint(recipe),
+    }
+
+
+def environment() -> dict:
+    """Versions, commit, machine and command, for the record of a run."""
+    versions = {}
+    for package in ("nfzoo", "keras", keras.config.backend(), "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "backend": keras.config.backend(),
+        "commit": _commit(),
+        "machine": _machine(),
+        "command": " ".join(pathlib.Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
+    }
+
+
+def _commit() -> str | None:
+    folder = pathlib.Path(nfzoo.__file__).parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def _machine() -> str:
+    if keras.config.backend() == "jax":
+        import jax
+
+        devices = sorted({d.device_kind for d in jax.devices() if d.platform != "cpu"})
+        if devices:
+            return f"{', '.join(devices)}; {os.cpu_count()} cores"
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def optimizer(settings: recipes.Optimizer) -> keras.optimizers.Optimizer:
+    """Make the Keras optimizer of a recipe."""
+    if settings.name == "adam":
+        return keras.optimizers.Adam(
+            settings.learning_rate, beta_1=settings.beta_1, beta_2=settings.beta_2, epsilon=settings.epsilon
+        )
+    return keras.optimizers.SGD(settings.learning_rate, momentum=settings.momentum, nesterov=settings.nesterov)
+
+
+def run(
+    model: str,
+    recipe: recipes.Recipe,
+    out: str | pathlib.Path,
+    *,
+    overrides: dict[str, Any] | None = None,
+    taps: str | None = "blocks",
+    keep_model: bool = True,
+    console: Console | None = None,
+) -> dict:
+    """Train one model by a recipe, in a folder; resume what the folder holds.
+
+    Args:
+        model: name in the zoo.
+        recipe: see `nfzoo.recipes`.
+        out: folder of the run.
+        overrides: keyword arguments of `nfzoo.build`, on top of the recipe's.
+        taps: signal propagation at initialisation and after every epoch: "blocks", "layers", a pattern; None for none.
+        keep_model: keep the trained model as model.keras; scans do not.
+        console: where progress goes.
+
+    Returns:
+        The content of metrics.json: status ("complete" or "diverged"), accuracies, losses, epochs, seconds.
+
+    Raises:
+        ValueError: if the folder holds another run, or every checkpoint of it is damaged.
+    """
+    console, out = console or Console(), pathlib.Path(out)
+    resolved = options(model, recipe, overrides)
+    if (done := _claim(out, resolved)) is not None:
+        console.print(f"{out}: {done['status']} already, nothing to do")
+        return done
+
+    keras.utils.set_random_seed(recipe.seed)
+    with _precision(recipe.precision):
+        images = data.load(recipe.data, recipe.seed)
+        restored = _restore(out, console)
+        net, epoch, history = restored or (_new_model(resolved, images, recipe), 0, [])
+        batches = data.pipeline(images, recipe, epoch)
+        guard = callbacks.StopOnNaN()
+        progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), console)
+        steps: list[keras.callbacks.Callback] = [guard, progress]
+        if taps:
+            x, y = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, images.mean, images.std)[0]
+            steps.append(spp.SignalPropagation(x, y, taps=taps, log_dir=out))
+        steps.append(callbacks.Checkpoints(out / "checkpoints", history, guard))
+        began = time.perf_counter()
+        try:
+            validation = batches["validation"] if len(images.validation) else None
+            net.fit(
+                batches["train"], validation_data=validation, epochs=recipe.epochs, initial_epoch=epoch,
+                callbacks=steps, verbose=0,
+            )  # fmt: skip
+        finally:
+            progress.close()
+        metrics = _metrics(net, batches["test"], guard, history, time.perf_counter() - began, len(images.train))
+    _finish(out, net, metrics, keep_model and not guard.diverged)
+    return metrics
+
+
+def _claim(out: pathlib.Path, resolved: dict) -> dict | None:
+    """Take the folder for this run; return the result if it is there already."""
+    record = out / "options.json"
+    if record.exists():
+        try:
+            before = json.loads(record.read_text())
+        except json.JSONDecodeError:
+            raise ValueError(f"Expected options.json of a run. Received: {record}, which is damaged; remove it") from None
+        differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(json.dumps(resolved[k]))]
+        if differing:
+            raise ValueError(
+                f"Expected the folder of this run. Received: {out}, which holds another one: its {', '.join(differing)} "
+                f"differ(s) (model {before.get('model')}). Choose another --out, or remove the folder."
+            )
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            return json.loads((out / "metrics.json").read_text())
+        return None
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"Expected an empty folder or the folder of a run. Received: {out}, which holds other files.")
+    out.mkdir(parents=True, exist_ok=True)
+    callbacks.write_atomically(record, json.dumps({**resolved, **environment()}, indent=1))
+    return None
+
+
+@contextlib.contextmanager
+def _precision(policy: str):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _restore(out: pathlib.Path, console: Console) -> tuple[keras.Model, int, list[dict]] | None:
+    folder = out / "checkpoints"
+    found = callbacks.latest(folder, lambda text: console.print(f"[yellow]warning:[/] {text}"))
+    if found is None:
+        if callbacks.pairs(folder):
+            raise ValueError(f"Expected a checkpoint that verifies. Received: {folder}, where none does; remove it to restart")
+        return None
+    path, description = found
+    console.print(f"resuming {out} after epoch {description['epoch']}")
+    return keras.saving.load_model(path), description["epoch"], description["history"]
+
+
+def _new_model(resolved: dict, images: data.Images, recipe: recipes.Recipe) -> keras.Model:
+    shape = images.train.images.shape[1:]
+    net = registry.build(resolved["model"], classes=len(images.classes), input_shape=shape, **resolved["build"])
+    agc = None if recipe.agc is None else AGC(**recipe.agc.model_dump(), log_clipped=True)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    net.compile(optimizer(recipe.optimizer), loss, metrics=["accuracy"], agc=agc)
+    net.optimizer.build(net.trainable_variables)
+    return net
+
+
+def _metrics(net, test, guard: callbacks.StopOnNaN, history: list[dict], seconds: float, examples: int) -> dict:
+    result = net.evaluate(test, verbose=0, return_dict=True)
+    last = history[-1] if history else {}
+    metrics = {
+        "status": "diverged" if guard.diverged else "complete",
+        "diverged_at_step": guard.step,
+        "epochs": len(history),
+        "seconds": round(sum(row["seconds"] for row in history) or seconds, 1),
+        "images_per_second": round(examples * len(history) / max(sum(r["seconds"] for r in history), 1e-9), 1),
+        **{f"test_{k}": float(v) for k, v in result.items()},
+        **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
+    }
+    # JSON has no word for NaN.
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+
+
+def _finish(out: pathlib.Path, net: keras.Model, metrics: dict, keep_model: bool) -> None:
+    """Write the result last: where metrics.json is, the run is over."""
+    checkpoints = callbacks.pairs(out / "checkpoints")
+    if keep_model and checkpoints:
+        checkpoints[0].replace(out / "model.keras")
+    callbacks.write_atomically(out / "metrics.json", json.dumps(metrics, indent=1))
+    if metrics["status"] == "complete":
+        for path in (out / "checkpoints").glob("model-*"):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            (out / "checkpoints").rmdir()
+
+
+def read_options(folder: str | pathlib.Path) -> dict:
+    """Read options.json of a run's folder.
+
+    Raises:
+        FileNotFoundError: if the folder is none of a run.
+    """
+    path = pathlib.Path(folder) / "options.json"
+    if not path.exists():
+        raise FileNotFoundError(f"Expected the folder of a run (with options.json). Received: {folder}")
+    return json.loads(path.read_text())
+
+
+def load_run(folder: str | pathlib.Path) -> keras.Model:
+    """Load the trained model of a run, or its newest checkpoint."""
+    read_options(folder)
+    folder = pathlib.Path(folder)
+    path = folder / "model.keras"
+    if not path.exists():
+        found = callbacks.latest(folder / "checkpoints", lambda text: None)
+        if found is None:
+            raise FileNotFoundError(f"Expected a trained model in {folder}. Received: neither model.keras nor a checkpoint")
+        path = found[0]
+    return keras.saving.load_model(path)
+
+
+def evaluate(folder: str | pathlib.Path, source: str | None = None, data_dir: str | None = None) -> dict:
+    """Evaluate a run's model on its test split, or on that of another data set of the same classes."""
+    recipe = recipes.Recipe.model_validate(read_options(folder)["recipe"])
+    changes = {"data.name": source, "data.data_dir": data_dir}
+    recipe = recipes.override(recipe, {k: v for k, v in changes.items() if v})
+    net = load_run(folder)
+    images = data.load(recipe.data, recipe.seed)
+    if net.output_shape[-1] != len(images.classes):
+        raise ValueError(f"Expected data of {net.output_shape[-1]} classes. Received: {len(images.classes)} classes")
+    result = net.evaluate(data.pipeline(images, recipe)["test"], verbose=0, return_dict=True)
+    return {"images": len(images.test), **{k: float(np.round(v, 6)) for k, v in result.items()}}

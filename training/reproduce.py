@@ -1,0 +1,95 @@
+"""Run the rows of a table that are missing, append them to training/results/TABLE.csv, print expected against got.
+
+    python training/reproduce.py first_look --data-dir ~/tensorflow_datasets
+
+A row is done when its line (same model, build, recipe fingerprint and seed) is in the CSV; a killed run resumes.
+"""
+
+import datetime
+import json
+import pathlib
+
+import pandas as pd
+import typer
+from experiments import TABLES, Row
+from rich.console import Console
+from rich.table import Table
+
+from nfzoo import engine, recipes
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+KEY = ["row", "model", "build", "fingerprint", "seed"]
+
+
+def recipe_of(row: Row, seed: int, data_dir: str | None) -> recipes.Recipe:
+    changes = {**row.changes, "seed": seed, "data.data_dir": data_dir}
+    return recipes.override(recipes.get(row.recipe), changes)
+
+
+def line(row: Row, seed: int, recipe: recipes.Recipe, metrics: dict, folder: pathlib.Path) -> dict:
+    """One line of the CSV: what was run, on what, and what came out."""
+    options = engine.read_options(folder)
+    return {
+        "row": row.name, "model": row.model, "build": json.dumps(options["build"], sort_keys=True), "recipe": row.recipe,
+        "fingerprint": options["fingerprint"], "seed": seed, "learning_rate": recipe.optimizer.learning_rate,
+        "epochs": metrics["epochs"], "status": metrics["status"],
+        **{k: metrics.get(k) for k in ("test_accuracy", "test_loss", "val_accuracy", "val_loss", "accuracy", "loss")},
+        "seconds": metrics["seconds"], "images_per_second": metrics["images_per_second"],
+        "date": datetime.date.today().isoformat(), "commit": options["commit"], "machine": options["machine"],
+        "versions": json.dumps(options["versions"]),
+    }  # fmt: skip
+
+
+def report(table: str, results: pd.DataFrame, console: Console) -> None:
+    """Print mean and deviation of each row against its expectation."""
+    view = Table("row", "seeds", "test accuracy %", "expected %", "", title=table)
+    for row in TABLES[table]:
+        got = results[results.row == row.name].test_accuracy * 100 if len(results) else pd.Series(dtype=float)
+        if not len(got):
+            view.add_row(row.name, "0", "missing")
+            continue
+        text = f"{got.mean():.2f}" + (f" ± {got.std():.2f}" if len(got) > 1 else "")
+        if row.expected is None:
+            view.add_row(row.name, str(len(got)), text)
+            continue
+        agrees = abs(got.mean() - row.expected) <= row.tolerance
+        expected = f"{row.expected} ± {row.tolerance} ({row.source})"
+        view.add_row(row.name, str(len(got)), text, expected, "[green]agrees" if agrees else "[red]DIFFERS")
+    console.print(view)
+
+
+def main(
+    table: str,
+    data_dir: str = typer.Option(None, help="folder of tensorflow-datasets; default: TFDS_DATA_DIR"),
+    runs: pathlib.Path = typer.Option(pathlib.Path("runs/experiments"), help="where the runs go"),
+    dry_run: bool = typer.Option(False, help="print what is missing and stop"),
+) -> None:
+    """Reproduce one table of training/experiments.py."""
+    console = Console()
+    if table not in TABLES:
+        raise typer.BadParameter(f"Expected one of {', '.join(TABLES)}. Received: {table!r}")
+    path = RESULTS / f"{table}.csv"
+    results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+    for row in TABLES[table]:
+        for seed in row.seeds:
+            recipe = recipe_of(row, seed, data_dir)
+            resolved = engine.options(row.model, recipe, row.build)
+            key = [row.name, row.model, json.dumps(resolved["build"], sort_keys=True), resolved["fingerprint"], seed]
+            if (results[KEY].astype(str) == list(map(str, key))).all(axis=1).any():
+                continue
+            console.print(f"[bold]{row.name}[/], seed {seed}" + (" (missing)" if dry_run else ""))
+            if dry_run:
+                continue
+            slug = "".join(c if c.isalnum() else "_" for c in row.name.lower())
+            folder = runs / table / f"{slug}-{seed}"
+            metrics = engine.run(row.model, recipe, folder, overrides=row.build, console=console)
+            new = pd.DataFrame([line(row, seed, recipe, metrics, folder)])
+            results = pd.concat([results, new]) if len(results) else new
+            partial = path.with_suffix(".partial")
+            results.to_csv(partial, index=False)
+            partial.replace(path)
+    report(table, results, console)
+
+
+if __name__ == "__main__":
+    typer.run(main)
