@@ -180,9 +180,11 @@ def _value(value: Any) -> Any:
 def fingerprint(recipe: Recipe) -> str:
     """Twelve hexadecimal digits that name a recipe, whatever its seeds and the folder of its data.
 
+    Fields at their defaults are left out, so that a new field does not rename every old result.
+
     Example:
         >>> fingerprint(get("poster")) == fingerprint(override(get("poster"), {"seed": 67}))
         True
     """
-    tree = recipe.model_dump(exclude={"seed": True, "seeds": True, "data": {"data_dir"}})
+    tree = recipe.model_dump(exclude={"seed": True, "seeds": True, "data": {"data_dir"}}, exclude_defaults=True)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
