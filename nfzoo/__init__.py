@@ -8,6 +8,7 @@ Importing nfzoo does not import Keras: each public name loads its module on firs
 """
 
 import importlib
+import sys
 
 import wrapt
 
@@ -41,4 +42,9 @@ def __dir__() -> list[str]:
 
 # A saved model names its classes by "nfzoo>…"; Keras finds them only once they are registered. So they register as soon
 # as both packages are imported, in either order, and `nfzoo list` need not wait for TensorFlow.
-wrapt.register_post_import_hook(lambda _: importlib.import_module("nfzoo.trainer"), "keras")
+def _register(keras) -> None:
+    if "nfzoo.backend" not in sys.modules:  # else it is being imported, on behalf of the trainer
+        importlib.import_module("nfzoo.trainer")
+
+
+wrapt.register_post_import_hook(_register, "keras")

@@ -90,9 +90,7 @@ def owners(model: keras.Model) -> dict[str, keras.Layer]:
     return {v.path: layer for layer in model._flatten_layers() for v in layer.variables}
 
 
-def unit_axes(
-    model: keras.Model, exclude: Iterable[str] = (), vector_units: str = "tensor"
-) -> dict[str, Axes | None]:
+def unit_axes(model: keras.Model, exclude: Iterable[str] = (), vector_units: str = "tensor") -> dict[str, Axes | None]:
     """Decide for every trainable variable of a model what its units are.
 
     Args:
@@ -129,7 +127,7 @@ def _axes(layer: keras.Layer, variable: keras.Variable, vector_units: str) -> Ax
     if axes is None:
         raise ValueError(
             f"Expected a variable whose units AGC knows. Received: {variable.path} of shape {tuple(variable.shape)}, "
-            f'held by a {type(layer).__name__}. Add it: nfzoo.agc.UNIT_AXES[{type(layer).__name__}] = '
+            f"held by a {type(layer).__name__}. Add it: nfzoo.agc.UNIT_AXES[{type(layer).__name__}] = "
             f'{{"{variable.name}": (fan-in axes)}}, or exclude it by its path.'
         )
     return axes

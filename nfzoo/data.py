@@ -68,7 +68,9 @@ def load(data: Data, seed: int = 0) -> Images:
     """
     train, test, classes = _read(data)
     if len(train) == 0 or len(test) == 0:
-        raise ValueError(f"Expected training and test images. Received: {data.name!r} with {len(train)} and {len(test)}")
+        raise ValueError(
+            f"Expected training and test images. Received: {data.name!r} with {len(train)} and {len(test)}"
+        )
     mean, std = CONSTANTS.get(data.name) or _constants(train.images)
     order = np.random.default_rng([seed, 1]).permutation(len(train))
     held_out = round(len(train) * data.validation_fraction)
@@ -128,7 +130,9 @@ def _npz(path: pathlib.Path) -> tuple[Split, Split, tuple[str, ...]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:
-        raise ValueError(f"Expected an .npz file of plain arrays. Received: {path}, which fails with: {error}") from None
+        raise ValueError(
+            f"Expected an .npz file of plain arrays. Received: {path}, which fails with: {error}"
+        ) from None
     missing = [key for key in wanted if key not in arrays]
     if missing:
         raise ValueError(f"Expected the arrays {', '.join(wanted)}. Received: {path} without {', '.join(missing)}")
@@ -239,7 +243,9 @@ def _tfds(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
     try:
         builder = tfds.builder(data.name, data_dir=data.data_dir)
     except Exception as error:
-        raise FileNotFoundError(f"Expected a data set: {known}. Received: {data.name!r}. {_first_line(error)}") from None
+        raise FileNotFoundError(
+            f"Expected a data set: {known}. Received: {data.name!r}. {_first_line(error)}"
+        ) from None
     splits = builder.info.splits
     if "train" not in splits:
         try:
@@ -336,7 +342,13 @@ def transform(images: np.ndarray, augment: Augment, rng: np.random.Generator) ->
 
 def pipeline(images: Images, recipe, epoch: int = 0) -> dict[str, Batches]:
     """The three streams of a run: train (shuffled, augmented), validation, test."""
-    common = {"batch_size": recipe.batch_size, "mean": images.mean, "std": images.std, "seed": recipe.seed, "epoch": epoch}
+    common = {
+        "batch_size": recipe.batch_size,
+        "mean": images.mean,
+        "std": images.std,
+        "seed": recipe.seed,
+        "epoch": epoch,
+    }
     on_validation = recipe.augment if recipe.augment.on_validation else None
     return {
         "train": Batches(images.train, shuffle=True, augment=recipe.augment, **common),
@@ -348,5 +360,3 @@ def pipeline(images: Images, recipe, epoch: int = 0) -> dict[str, Batches]:
 def subset(split: Split, n: int, seed: int = 0) -> Split:
     """A random part of a split, e.g. the fixed probe of signal propagation."""
     return split.take(np.random.default_rng([seed, 4]).permutation(len(split))[:n])
-
-

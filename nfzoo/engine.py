@@ -151,7 +151,9 @@ def _claim(out: pathlib.Path, resolved: dict) -> dict | None:
         try:
             before = json.loads(record.read_text())
         except json.JSONDecodeError:
-            raise ValueError(f"Expected options.json of a run. Received: {record}, which is damaged; remove it") from None
+            raise ValueError(
+                f"Expected options.json of a run. Received: {record}, which is damaged; remove it"
+            ) from None
         differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(json.dumps(resolved[k]))]
         if differing:
             raise ValueError(
@@ -183,7 +185,9 @@ def _restore(out: pathlib.Path, console: Console) -> tuple[keras.Model, int, lis
     found = callbacks.latest(folder, lambda text: console.print(f"[yellow]warning:[/] {text}"))
     if found is None:
         if callbacks.pairs(folder):
-            raise ValueError(f"Expected a checkpoint that verifies. Received: {folder}, where none does; remove it to restart")
+            raise ValueError(
+                f"Expected a checkpoint that verifies. Received: {folder}, where none does; remove it to restart"
+            )
         return None
     path, description = found
     console.print(f"resuming {out} after epoch {description['epoch']}")
@@ -241,6 +245,18 @@ def read_options(folder: str | pathlib.Path) -> dict:
     return json.loads(path.read_text())
 
 
+def read_metrics(folder: str | pathlib.Path) -> dict:
+    """Read metrics.json of a finished run.
+
+    Raises:
+        FileNotFoundError: if the run has not ended.
+    """
+    path = pathlib.Path(folder) / "metrics.json"
+    if not path.exists():
+        raise FileNotFoundError(f"Expected a finished run (with metrics.json). Received: {folder}")
+    return json.loads(path.read_text())
+
+
 def load_run(folder: str | pathlib.Path) -> keras.Model:
     """Load the trained model of a run, or its newest checkpoint."""
     read_options(folder)
@@ -249,7 +265,9 @@ def load_run(folder: str | pathlib.Path) -> keras.Model:
     if not path.exists():
         found = callbacks.latest(folder / "checkpoints", lambda text: None)
         if found is None:
-            raise FileNotFoundError(f"Expected a trained model in {folder}. Received: neither model.keras nor a checkpoint")
+            raise FileNotFoundError(
+                f"Expected a trained model in {folder}. Received: neither model.keras nor a checkpoint"
+            )
         path = found[0]
     return keras.saving.load_model(path)
 

@@ -152,7 +152,9 @@ class Merge(keras.layers.Layer):
     References: SkipInit (arXiv 2002.10444), section 3; NFNet paper, section 3; EDM2 (arXiv 2312.02696), equation 88.
     """
 
-    def __init__(self, skip_scale=1.0, branch_scale=1.0, gain: float | None = None, bias: float | None = None, **kwargs):
+    def __init__(
+        self, skip_scale=1.0, branch_scale=1.0, gain: float | None = None, bias: float | None = None, **kwargs
+    ):
         super().__init__(**kwargs)
         self.skip_scale, self.branch_scale = skip_scale, branch_scale
         self.gain_init, self.bias_init = gain, bias

@@ -150,7 +150,7 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
             node = node[parent]
         if parents[:1] not in (["build"], ["agc"]):
             _known(path, leaf, node)
-        node[leaf] = _value(value)
+        node[leaf] = parse_value(value)
     try:
         return type(recipe).model_validate(tree)
     except ValidationError as error:
@@ -166,7 +166,7 @@ def _known(path: str, key: str, node: Any) -> None:
         raise ValueError(f"Expected a setting. Received: {path!r}; {key!r} is not one of {', '.join(there)}.{hint}")
 
 
-def _value(value: Any) -> Any:
+def parse_value(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lower() == "none":

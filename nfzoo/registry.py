@@ -7,6 +7,7 @@ Names are generated, `<variant>_<row>`, from the rows of every family and the va
 import difflib
 import fnmatch
 import importlib.resources
+import inspect
 import json
 import math
 import re
@@ -145,14 +146,16 @@ def register_model(function: Callable | None = None, *, name: str | None = None,
     def decorate(function):
         key = name or function.__name__
         if key in names() or key in aliases() or (key in _USER_MODELS and not override):
-            raise ValueError(f"Expected a name that is free. Received: {key!r}; pass override=True to replace your own.")
+            raise ValueError(
+                f"Expected a name that is free. Received: {key!r}; pass override=True to replace your own."
+            )
         _USER_MODELS[key] = function
         return function
 
     return decorate if function is None else decorate(function)
 
 
-def _resolve(name: Name, overrides: dict) -> tuple[Any, Any]:
+def resolve_fields(name: Name, overrides: dict) -> tuple[Any, Any]:
     """Split overrides into those of the variant and those of the spec; return both, replaced."""
     from nfzoo.variants import VARIANTS
 
@@ -167,6 +170,13 @@ def _resolve(name: Name, overrides: dict) -> tuple[Any, Any]:
     variant = replace(variant, **{k: v for k, v in overrides.items() if k in of_variant})
     # A field of both (activation) is the variant's to decide.
     return variant, replace(spec, **{k: v for k, v in overrides.items() if k in of_spec - of_variant})
+
+
+def resolve(name: str, overrides: dict) -> None:
+    """Check a name and the overrides of `build` without building; raise as `build` would."""
+    if name not in _USER_MODELS:
+        accepted = set(inspect.signature(build).parameters) - {"architecture", "overrides"}
+        resolve_fields(parse(name), {k: v for k, v in overrides.items() if k not in accepted})
 
 
 def _check_shape(shape, minimum: int) -> None:
@@ -236,7 +246,7 @@ def build(
         given = {"classes": classes, "input_shape": input_shape, "weights": weights, "name": name}
         return _USER_MODELS[architecture](**{k: v for k, v in given.items() if v is not None}, **overrides)
     parsed = parse(architecture)
-    variant, spec = _resolve(parsed, overrides)
+    variant, spec = resolve_fields(parsed, overrides)
     classes = spec.classes if classes is None else classes
     if not isinstance(classes, int) or classes < 1:
         raise ValueError(f"Expected classes >= 1 (include_top=False leaves the head out). Received: classes={classes}")

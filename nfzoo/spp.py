@@ -248,7 +248,9 @@ def read(path: str | pathlib.Path) -> pd.DataFrame:
     path = pathlib.Path(path)
     path = path / "spp.jsonl" if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"Expected a signal propagation log (spp.jsonl). Received: {path}, which does not exist")
+        raise FileNotFoundError(
+            f"Expected a signal propagation log (spp.jsonl). Received: {path}, which does not exist"
+        )
     return pd.DataFrame(SignalLog(path).read())
 
 

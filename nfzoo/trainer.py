@@ -1,8 +1,11 @@
 """`NFModel`: a functional Keras model whose training step can clip gradients adaptively."""
 
+from __future__ import annotations
+
 import keras
 
-from nfzoo.agc import AGC
+from nfzoo import agc as clipping
+from nfzoo import layers  # noqa: F401 - registers them
 from nfzoo.backend import Step
 
 
@@ -22,16 +25,16 @@ class NFModel(Step, keras.Model):
     """
 
     # A class attribute, not set in __init__: a functional subclass must leave the constructor untouched to load.
-    agc: AGC | None = None
+    agc: clipping.AGC | None = None
 
-    def compile(self, *args, agc: AGC | None = None, **kwargs) -> None:
+    def compile(self, *args, agc: clipping.AGC | None = None, **kwargs) -> None:
         """Configure training as `keras.Model.compile`, with `agc` for adaptive gradient clipping (None: off).
 
         Raises:
             ValueError: if AGC does not know the units of a variable, if an exclude pattern matches nothing, or if the
                 optimizer accumulates gradients.
         """
-        if agc is not None and not isinstance(agc, AGC):
+        if agc is not None and not isinstance(agc, clipping.AGC):
             raise TypeError(f"Expected agc to be an nfzoo.AGC or None. Received: agc={agc!r}")
         super().compile(*args, **kwargs)
         if agc is not None and getattr(self.optimizer, "gradient_accumulation_steps", None):

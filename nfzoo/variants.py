@@ -48,15 +48,19 @@ class Variant:
 
     def kernel_init(self, receptive: int, inputs: int, outputs: int, groups: int = 1) -> keras.Initializer:
         # The standard deviation is explicit because Keras takes fan_in of a depthwise kernel as H * W * channels.
-        return keras.initializers.RandomNormal(
-            stddev=numerics.init_std(self.init, receptive, inputs, outputs, groups)
-        )
+        return keras.initializers.RandomNormal(stddev=numerics.init_std(self.init, receptive, inputs, outputs, groups))
 
     def conv(self, x, filters: int, kernel: int, site: Site, strides=1, groups=1, padding="same"):
         x, mode = pad(x, kernel, strides, padding, site)
         init = self.kernel_init(kernel**2, x.shape[-1], filters, groups)
         return self.conv_layer(
-            filters, kernel, strides=strides, padding=mode, groups=groups, kernel_initializer=init, name=site.name("conv")
+            filters,
+            kernel,
+            strides=strides,
+            padding=mode,
+            groups=groups,
+            kernel_initializer=init,
+            name=site.name("conv"),
         )(x)
 
     def conv_layer(self, *args, **kwargs) -> keras.Layer:

@@ -62,16 +62,19 @@ def main(
     table: str,
     data_dir: str = typer.Option(None, help="folder of tensorflow-datasets; default: TFDS_DATA_DIR"),
     runs: pathlib.Path = typer.Option(pathlib.Path("runs/experiments"), help="where the runs go"),
+    seeds: str = typer.Option(None, help="only these, separated by commas; default: the row's"),
     dry_run: bool = typer.Option(False, help="print what is missing and stop"),
 ) -> None:
     """Reproduce one table of training/experiments.py."""
     console = Console()
     if table not in TABLES:
         raise typer.BadParameter(f"Expected one of {', '.join(TABLES)}. Received: {table!r}")
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{table}.csv"
     results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+    chosen = None if seeds is None else [int(seed) for seed in seeds.split(",")]
     for row in TABLES[table]:
-        for seed in row.seeds:
+        for seed in chosen or row.seeds:
             recipe = recipe_of(row, seed, data_dir)
             resolved = engine.options(row.model, recipe, row.build)
             key = [row.name, row.model, json.dumps(resolved["build"], sort_keys=True), resolved["fingerprint"], seed]

@@ -77,7 +77,10 @@ def signals(model: keras.Model, taps: list[str], compute_loss, reduce):
         return reduce(*wanted, *gradients)
 
     def call(x, y):
-        state = ([tf.convert_to_tensor(v.value) for v in vs] for vs in (probe.trainable_variables, probe.non_trainable_variables))
+        state = (
+            [tf.convert_to_tensor(v.value) for v in vs]
+            for vs in (probe.trainable_variables, probe.non_trainable_variables)
+        )
         return run(tf.convert_to_tensor(x), None if y is None else tf.convert_to_tensor(y), *state)
 
     return call

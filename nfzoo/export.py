@@ -1,0 +1,114 @@
+"""Export a trained model; every artefact is reloaded by its own runtime in a fresh process and compared first."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+from nfzoo import callbacks, data, engine, recipes
+
+FORMATS = ("saved_model",)
+TOLERANCE = 1e-4
+
+# Runs in a process of its own, with TensorFlow alone: neither Keras nor nfzoo may be needed to serve.
+_RELOAD = """
+import sys
+import numpy as np
+import tensorflow as tf
+path, inputs, outputs = sys.argv[1:]
+model = tf.saved_model.load(path)
+assert not {"keras", "nfzoo"} & set(sys.modules), "the artefact pulled in Keras"
+np.save(outputs, model.serve(np.load(inputs)).numpy())
+"""
+
+
+def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved_model", examples: int = 16) -> dict:
+    """Export the model of a run and enter it into the manifest beside it.
+
+    Args:
+        run: folder of a run.
+        to: folder to make; it must not exist. The manifest is manifest.json in its parent folder.
+        format: "saved_model".
+        examples: number of real test images that the artefact is compared on.
+
+    Returns:
+        The manifest entry: sha256, model, input, preprocessing, classes, metrics, largest difference, versions.
+
+    Raises:
+        ValueError: an unknown format, or an artefact whose outputs differ by more than 1e-4 relative.
+        FileExistsError: if `to` exists.
+        RuntimeError: if the artefact does not load on its own.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"Expected a format among {', '.join(FORMATS)}. Received: {format!r}")
+    to = pathlib.Path(to)
+    if to.exists():
+        raise FileExistsError(
+            f"Expected a folder that does not exist yet. Received: {to}; remove it or choose another."
+        )
+    options = engine.read_options(run)
+    recipe = recipes.Recipe.model_validate(options["recipe"])
+    images = data.load(recipe.data, recipe.seed)
+    x = data.Batches(images.test, examples, images.mean, images.std)[0][0]
+    model = engine.load_run(run)
+
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
+        partial = pathlib.Path(folder) / "artefact"
+        model.export(partial, format="tf_saved_model", verbose=False)
+        difference = _verify(partial, x, model.predict(x, verbose=0), pathlib.Path(folder))
+        digest = folder_sha256(partial)
+        shutil.move(partial, to)
+    metrics = engine.read_metrics(run)
+    entry = {
+        "format": format,
+        "path": to.name,
+        "sha256": digest,
+        "model": options["model"],
+        "build": options["build"],
+        "input": {"shape": [None, *x.shape[1:]], "mean": images.mean, "std": images.std, "of": "x / 255"},
+        "classes": list(images.classes),
+        "data": recipe.data.name,
+        "metrics": {k: metrics.get(k) for k in ("test_accuracy", "epochs")},
+        "largest_relative_difference": difference,
+        "fingerprint": options["fingerprint"],
+        "seed": recipe.seed,
+        "versions": options["versions"],
+        "commit": options["commit"],
+    }
+    _register(to.parent / "manifest.json", to.name, entry)
+    return entry
+
+
+def _verify(artefact: pathlib.Path, x: np.ndarray, expected: np.ndarray, folder: pathlib.Path) -> float:
+    inputs, outputs = folder / "inputs.npy", folder / "outputs.npy"
+    np.save(inputs, x)
+    command = [sys.executable, "-c", _RELOAD, str(artefact), str(inputs), str(outputs)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"Expected the artefact to load with TensorFlow alone. Received: {last}")
+    difference = float(np.abs(np.load(outputs) - expected).max() / np.abs(expected).max())
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"Expected the outputs of the model within {TOLERANCE}. Received: a difference of {difference:.2g}"
+        )
+    return difference
+
+
+def folder_sha256(folder: pathlib.Path) -> str:
+    """Digest of a folder: of the sorted relative paths and the digests of their files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{callbacks.sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _register(manifest: pathlib.Path, name: str, entry: dict) -> None:
+    entries = json.loads(manifest.read_text()) if manifest.exists() else {}
+    callbacks.write_atomically(manifest, json.dumps({**entries, name: entry}, indent=1, sort_keys=True) + "\n")
