@@ -188,8 +188,9 @@ def train(
     console.print_json(data=metrics)
     if metrics["status"] == "diverged":
         raise RuntimeError(
-            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on; the run is "
-            f"marked as diverged, its last good checkpoint is in {out / 'checkpoints'}. Try a smaller --lr or --set agc=0.01."
+            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on; the "
+            f"run is marked as diverged, its last good checkpoint is in {out / 'checkpoints'}. Try a smaller --lr or "
+            "--set agc=0.01."
         )
 
 
@@ -333,7 +334,7 @@ def data(
 
 
 def main() -> None:
-    """Entry point: an expected error is one line on stderr and exit status 1; NFZOO_DEBUG=1 shows where it came from."""
+    """Entry point: an expected error is one line on stderr and exit status 1; NFZOO_DEBUG=1 shows its origin."""
     # TensorFlow's start-up notes are not about the user's run.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:

@@ -157,8 +157,8 @@ def _claim(out: pathlib.Path, resolved: dict) -> dict | None:
         differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(json.dumps(resolved[k]))]
         if differing:
             raise ValueError(
-                f"Expected the folder of this run. Received: {out}, which holds another one: its {', '.join(differing)} "
-                f"differ(s) (model {before.get('model')}). Choose another --out, or remove the folder."
+                f"Expected the folder of this run. Received: {out}, which holds another one: its "
+                f"{', '.join(differing)} differ(s) (model {before.get('model')}). Choose another --out, or remove the folder."
             )
         with contextlib.suppress(OSError, json.JSONDecodeError):
             return json.loads((out / "metrics.json").read_text())

@@ -86,7 +86,7 @@ def parse(name: str) -> Name:
     name = aliases().get(name, name)
     if name in names():
         return names()[name]
-    for family, module in FAMILIES.items():
+    for module in FAMILIES.values():
         for row in module.SPECS:
             if name.endswith(f"_{row}") and re.fullmatch(r"[a-z]+", name.removesuffix(f"_{row}")):
                 raise ValueError(

@@ -8,8 +8,8 @@ section 3; population variance):
     second_moment   mean of x^2 over everything; acsm + acv
 
 For a kernel the "channel" is the unit that AGC clips (an output channel, or a channel of a depthwise kernel). With
-`definition="poster"` tensors of rank 2 or less, and all weights, are taken as one flat vector: acsm is then mean(x^2) and
-acv the variance over everything, as in the poster's figures. Plots and pandas read the log, never the model.
+`definition="poster"` tensors of rank 2 or less, and all weights, are taken as one flat vector: acsm is then mean(x^2)
+and acv the variance over everything, as in the poster's figures. Plots and pandas read the log, never the model.
 """
 
 import fnmatch
@@ -100,8 +100,8 @@ def select_taps(model: keras.Model, taps: str | Sequence[str] | Callable = "bloc
     names = [layer.name for layer in model.layers if wanted(layer)]
     if not names:
         raise ValueError(
-            f'Expected taps that match a layer of {model.name}. Received: taps={taps!r}. Try taps="layers", or a pattern '
-            f"on names such as {[layer.name for layer in model.layers][1:4]}"
+            f'Expected taps that match a layer of {model.name}. Received: taps={taps!r}. Try taps="layers", or a '
+            f"pattern on names such as {[layer.name for layer in model.layers][1:4]}"
         )
     return names
 

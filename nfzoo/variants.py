@@ -17,7 +17,7 @@ from nfzoo.models.sites import Site
 
 
 def pad(x, kernel: int, strides: int, padding: str, site: Site) -> tuple[Any, str]:
-    """Pad explicitly where a framework's "same" would differ; return the tensor and the padding left to the convolution.
+    """Pad explicitly where a framework's "same" would differ; return the tensor and the convolution's own padding.
 
     `padding` is "same" (TensorFlow: the odd pixel goes right and below) or "symmetric" (PyTorch: (kernel - 1) // 2 on
     each side). The two differ for strided layers only.

@@ -1,7 +1,7 @@
 """Weights on disk: safetensors keyed by variable path, a manifest that names them, and loading with full coverage.
 
-Nothing here unpickles. A tag ("cifar100") is looked up as `<model>.<tag>` in manifest.json of the store: NFZOO_HOME where
-it is set, else saved_models of a checkout.
+Nothing here unpickles. A tag ("cifar100") is looked up as `<model>.<tag>` in manifest.json of the store: NFZOO_HOME
+where it is set, else saved_models of a checkout.
 """
 
 import json
@@ -116,5 +116,6 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
             raise ValueError(f"Expected a saved Keras model. Received: {path}, which fails with: {error}") from None
         return {v.path: keras.ops.convert_to_numpy(v) for v in stored.weights}
     raise ValueError(
-        f"Expected weights as .safetensors, .keras or .weights.h5. Received: {path}. Pickles (.pkl, .pth, .bin) are not read."
+        f"Expected weights as .safetensors, .keras or .weights.h5. Received: {path}. Pickles (.pkl, .pth, .bin) are "
+        "not read."
     )

@@ -8,6 +8,7 @@ A row is done when its line (same model, build, recipe fingerprint and seed) is 
 import datetime
 import json
 import pathlib
+from typing import Annotated
 
 import pandas as pd
 import typer
@@ -30,7 +31,8 @@ def line(row: Row, seed: int, recipe: recipes.Recipe, metrics: dict, folder: pat
     """One line of the CSV: what was run, on what, and what came out."""
     options = engine.read_options(folder)
     return {
-        "row": row.name, "model": row.model, "build": json.dumps(options["build"], sort_keys=True), "recipe": row.recipe,
+        "row": row.name, "model": row.model, "build": json.dumps(options["build"], sort_keys=True),
+        "recipe": row.recipe,
         "fingerprint": options["fingerprint"], "seed": seed, "learning_rate": recipe.optimizer.learning_rate,
         "epochs": metrics["epochs"], "status": metrics["status"],
         **{k: metrics.get(k) for k in ("test_accuracy", "test_loss", "val_accuracy", "val_loss", "accuracy", "loss")},
@@ -60,10 +62,10 @@ def report(table: str, results: pd.DataFrame, console: Console) -> None:
 
 def main(
     table: str,
-    data_dir: str = typer.Option(None, help="folder of tensorflow-datasets; default: TFDS_DATA_DIR"),
-    runs: pathlib.Path = typer.Option(pathlib.Path("runs/experiments"), help="where the runs go"),
-    seeds: str = typer.Option(None, help="only these, separated by commas; default: the row's"),
-    dry_run: bool = typer.Option(False, help="print what is missing and stop"),
+    data_dir: Annotated[str | None, typer.Option(help="of tensorflow-datasets; default: TFDS_DATA_DIR")] = None,
+    runs: Annotated[pathlib.Path, typer.Option(help="where the runs go")] = pathlib.Path("runs/experiments"),
+    seeds: Annotated[str | None, typer.Option(help="only these, separated by commas; default: the row's")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is missing and stop")] = False,
 ) -> None:
     """Reproduce one table of training/experiments.py."""
     console = Console()
