@@ -18,6 +18,7 @@ PANELS: dict[str, tuple[str, str, str, str]] = {
     "branch": ("residual branch\nvariance", "activation", "branch", "acv"),
     "gradient": ("gradient at block\noutput, mean square", "gradient", "block", "second_moment"),
 }
+_ROUNDING = 1e-8
 _COLOURS = matplotlib.colormaps["viridis"]
 
 
@@ -81,14 +82,15 @@ def signal_propagation(logs: Mapping[str, pd.DataFrame], panels: Sequence[str] =
     grid = figure.subplots(len(panels), len(logs), sharey="row", squeeze=False)
     for row, panel in zip(grid, panels, strict=True):
         text, kind, place, stat = PANELS[panel]
-        for axes, (title, log) in zip(row, logs.items(), strict=True):
+        for axes, log in zip(row, logs.values(), strict=True):
             depth_profile(axes, log, kind, place, stat)
-            if row is grid[0]:
-                axes.set_title(title, fontsize=10)
-            if row is grid[-1]:
-                axes.set_xlabel("residual block" if place == "branch" else "block (0: stem)")
+            axes.set_xlabel("block" if place == "branch" else "block (0: stem)", fontsize=8)
             axes.tick_params(labelsize=8)
         row[0].set_ylabel(text, fontsize=9)
+        # Right after batch normalization a mean is zero but for rounding; do not stretch the axis to show that.
+        row[0].set_ylim(bottom=max(row[0].get_ylim()[0], _ROUNDING if kind == "activation" else 0))
+    for axes, title in zip(grid[0], logs, strict=True):
+        axes.set_title(title, fontsize=10)
     handles = max((axes.get_legend_handles_labels() for axes in grid.flat), key=lambda pair: len(pair[1]))
     figure.legend(*handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     return figure
