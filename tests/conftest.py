@@ -1,0 +1,55 @@
+"""Settings of all tests: a fixed seed, no device noise, and small helpers that several files share."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+VARIANTS = ("none", "bn", "gn", "sn", "nf")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy("float32")
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture
+def images():
+    """Eight noise images of 32x32 and labels of ten classes."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((8, 32, 32, 3)).astype("float32"), rng.integers(0, 10, 8).astype("int32")
+
+
+@pytest.fixture
+def fresh_process():
+    """Run Python code in a process of its own and return the JSON that it prints last."""
+
+    def run(code: str, *args: str, fails: bool = False, **environment: str):
+        process = subprocess.run(
+            [sys.executable, "-c", code, *map(str, args)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            cwd=pathlib.Path(__file__).parent,
+        )
+        assert (process.returncode != 0) == fails, process.stderr[-3000:]
+        return process.stderr if fails else json.loads(process.stdout.strip().splitlines()[-1])
+
+    return run
+
+
+def crossentropy():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)

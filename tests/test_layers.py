@@ -1,0 +1,166 @@
+import keras
+import numpy as np
+import pytest
+
+from nfzoo import layers
+
+KERNEL = np.array([[1, 2], [2, 4], [4, 1]], "float32").reshape(1, 1, 3, 2)
+DEEPMIND = np.array([[-0.6172134, -0.1543033], [-0.1543033, 0.7715167], [0.7715167, -0.6172134]])
+TIMM = np.array([[-0.6172114, -0.1543029], [-0.1543029, 0.7715143], [0.7715143, -0.6172114]])
+
+
+def _standardize(kernel, **kwargs):
+    return np.asarray(layers.standardize(kernel, (0, 1, 2), **kwargs)).reshape(3, 2)
+
+
+def test_standardize_golden_numbers():
+    np.testing.assert_allclose(_standardize(KERNEL), DEEPMIND, atol=1e-6)
+    np.testing.assert_allclose(_standardize(KERNEL, epsilon=1e-5, mode="add"), TIMM, atol=1e-6)
+    relu = _standardize(KERNEL, gain=1.7139588594436646, epsilon=1e-5, mode="add")
+    np.testing.assert_allclose(relu[:, 0], [-1.0578750, -0.2644687, 1.3223437], atol=1e-6)
+
+
+def test_standardize_golden_numbers_where_epsilon_matters():
+    small = KERNEL * 1e-3
+    np.testing.assert_allclose(_standardize(small)[:, 0], [-0.1333333, -0.0333333, 0.1666667], atol=1e-6)
+    added = _standardize(small, epsilon=1e-5, mode="add")
+    np.testing.assert_allclose(added[:, 0], [-0.2264554, -0.0566139, 0.2830693], atol=1e-6)
+
+
+def test_standardized_units_have_mean_zero_and_norm_one():
+    kernel = np.random.default_rng(0).normal(0.3, 2, (3, 3, 4, 6)).astype("float32")
+    effective = np.asarray(layers.standardize(kernel, (0, 1, 2)))
+    np.testing.assert_allclose(effective.mean((0, 1, 2)), 0, atol=1e-7)
+    np.testing.assert_allclose((effective**2).sum((0, 1, 2)), 1, rtol=1e-5)
+
+
+def test_standardize_rejects_an_unknown_mode():
+    with pytest.raises(ValueError, match="'both'"):
+        layers.standardize(KERNEL, (0, 1, 2), mode="both")
+
+
+def test_depthwise_statistics_are_those_of_each_channel():
+    """By rank, (0, 1, 2) would mix the channels, whose scales differ here by a thousand."""
+    layer = layers.ScaledStdDepthwiseConv2D(3)
+    layer.build((None, 8, 8, 4))
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 4, 1)) * np.array([0.01, 0.1, 1, 10])[:, None]
+    layer.kernel.assign(kernel)
+    layer.epsilon = 1e-12
+    effective = np.asarray(layer.effective_kernel())
+    np.testing.assert_allclose((effective**2).sum((0, 1)), 1, rtol=1e-4)
+    np.testing.assert_allclose(effective.mean((0, 1)), 0, atol=1e-6)
+
+
+def test_unit_variance_through_activation_and_convolution():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((16, 16, 16, 64)).astype("float32")
+    layer = layers.ScaledStdConv2D(256, 1, kernel_initializer="lecun_normal")
+    out = np.asarray(layer(layers.ScaledActivation("silu")(x)))
+    assert out.var((0, 1, 2)).mean() == pytest.approx(1, abs=0.03)
+
+
+LAYERS = {
+    "conv": (lambda: layers.ScaledStdConv2D(6, 3, padding="same", strides=2), [(8, 8, 4)]),
+    "grouped": (lambda: layers.ScaledStdConv2D(6, 3, groups=2, epsilon_mode="add", epsilon=1e-5), [(8, 8, 4)]),
+    "depthwise": (lambda: layers.ScaledStdDepthwiseConv2D(3, padding="same", depth_multiplier=2), [(8, 8, 4)]),
+    "merge": (lambda: layers.Merge(0.9, 0.2, gain=0.5, bias=0.1), [(8, 8, 4), (8, 8, 4)]),
+    "gate": (lambda: layers.Gate(gain=2.0), [(8, 8, 4), (4,)]),
+    "gate_mp": (lambda: layers.Gate(magnitude_preserving=True), [(8, 8, 4), (4,)]),
+    "activation": (lambda: layers.ScaledActivation("gelu"), [(8, 8, 4)]),
+    "stochastic_depth": (lambda: layers.StochasticDepth(0.5, rescale=False, seed=3), [(8, 8, 4)]),
+    "tap": (lambda: layers.Tap(), [(8, 8, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_contract(name, policy, tmp_path):
+    """Every layer: static shape = run-time shape, compute dtype, config and weights survive a saved model."""
+    keras.config.set_dtype_policy(policy)
+    make, shapes = LAYERS[name]
+    inputs = [keras.Input(shape, dtype="float32") for shape in shapes]
+    layer = make()
+    outputs = layer(inputs[0] if len(inputs) == 1 else inputs)
+    model = keras.Model(inputs, outputs)
+    rng = np.random.default_rng(0)
+    for variable in layer.weights:
+        variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+    x = [rng.standard_normal((2, *shape)).astype("float32") for shape in shapes]
+    got = model(x)
+    assert tuple(got.shape[1:]) == tuple(outputs.shape[1:])
+    assert keras.backend.standardize_dtype(got.dtype) == layer.compute_dtype == outputs.dtype
+    assert all(keras.backend.standardize_dtype(v.dtype) == "float32" for v in layer.weights)
+
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.layers[-1].get_config() == layer.get_config()
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(again(x)), keras.ops.convert_to_numpy(got))
+    assert type(layer).from_config(layer.get_config()).get_config() == layer.get_config()
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_kernel_statistics_stay_in_float32_under_mixed_policies(policy):
+    layer = layers.ScaledStdConv2D(8, 3, dtype=policy)
+    layer.build((None, 8, 8, 16))
+    exact = np.asarray(layers.standardize(layer.kernel.numpy(), (0, 1, 2)))
+    inside = []
+    original = layer.effective_kernel
+    layer.effective_kernel = lambda: inside.append(original()) or inside[-1]
+    layer(np.ones((1, 8, 8, 16), "float32"))
+    assert keras.backend.standardize_dtype(inside[0].dtype) == "float32"
+    np.testing.assert_allclose(np.asarray(inside[0]), exact, atol=1e-6)
+
+
+def test_weight_standardized_conv_equals_conv_with_the_effective_kernel():
+    x = np.random.default_rng(0).standard_normal((2, 9, 9, 4)).astype("float32")
+    for scaled, plain in (
+        (layers.ScaledStdConv2D(6, 3, strides=2, padding="same"), keras.layers.Conv2D(6, 3, strides=2, padding="same")),
+        (layers.ScaledStdDepthwiseConv2D(5, padding="same"), keras.layers.DepthwiseConv2D(5, padding="same")),
+    ):
+        got = scaled(x)
+        scaled.gain.assign(np.random.default_rng(1).uniform(0.5, 2, scaled.gain.shape))
+        scaled.bias.assign(np.random.default_rng(2).uniform(-1, 1, scaled.bias.shape))
+        got = scaled(x)
+        plain(x)
+        plain.set_weights([np.asarray(scaled.effective_kernel()), np.asarray(scaled.bias)])
+        np.testing.assert_allclose(np.asarray(got), np.asarray(plain(x)), atol=1e-5)
+
+
+def test_merge_formula():
+    skip, branch = np.full((1, 2), 3.0, "float32"), np.full((1, 2), 5.0, "float32")
+    merge = layers.Merge(0.5, 2.0, gain=0.1, bias=0.25)
+    np.testing.assert_allclose(np.asarray(merge([skip, branch])), 0.5 * 3 + 2 * (0.1 * 5 + 0.25))
+    assert {v.path.rsplit("/")[-1] for v in merge.trainable_variables} == {"gain", "bias"}
+
+
+def test_magnitude_preserving_gate_values():
+    def f(gate):
+        logit = np.log(gate / (1 - gate))
+        out = layers.Gate(magnitude_preserving=True)(
+            [np.ones((1, 1, 1, 1), "float32"), np.full((1, 1), logit, "float32")]
+        )
+        return float(np.asarray(out).item())
+
+    assert [round(f(g), 4) for g in (0.1, 0.5, 0.9)] == [0.1104, 0.7071, 0.9939]
+
+
+def test_doubled_gate_near_one_half_keeps_the_map():
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype("float32")
+    np.testing.assert_allclose(np.asarray(layers.Gate(gain=2.0)([x, np.zeros((2, 3), "float32")])), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_stochastic_depth_drops_whole_examples(rescale):
+    x = np.ones((4000, 2, 2, 1), "float32")
+    layer = layers.StochasticDepth(0.25, rescale=rescale, seed=0)
+    out = np.asarray(layer(x, training=True)).reshape(4000, -1)
+    assert (out == out[:, :1]).all()
+    kept = out[:, 0] != 0
+    assert kept.mean() == pytest.approx(0.75, abs=0.03)
+    assert out[kept][0, 0] == pytest.approx(1 / 0.75 if rescale else 1)
+    np.testing.assert_array_equal(np.asarray(layer(x, training=False)), x)
+
+
+def test_stochastic_depth_rejects_a_rate_of_one():
+    with pytest.raises(ValueError, match="rate=1"):
+        layers.StochasticDepth(1)

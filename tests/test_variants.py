@@ -1,0 +1,162 @@
+"""One case per cell of the table in nfzoo/ARCHITECTURE.md that is not a dash."""
+
+import keras
+import numpy as np
+import pytest
+
+import nfzoo
+from nfzoo import layers, numerics
+from nfzoo.variants import BN, GN, NF, SN, VARIANTS, Variant
+
+NAMES = ("none", "bn", "gn", "sn", "nf")
+
+
+@pytest.fixture(scope="module")
+def nets():
+    return {name: nfzoo.build(f"{name}_test_efficientnet") for name in NAMES}
+
+
+def _of(model, kind):
+    return [layer for layer in model.layers if isinstance(layer, kind)]
+
+
+def _std(model, path):
+    return float(np.std(next(v for v in model.weights if v.path == path).numpy()))
+
+
+def test_variants_are_values():
+    assert NF(alpha=0.1) == NF(alpha=0.1) != NF()
+    assert {name: VARIANTS[name]() for name in NAMES} == {
+        "none": Variant(), "bn": BN(), "gn": GN(), "sn": SN(), "nf": NF(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("bn", keras.layers.BatchNormalization), ("gn", keras.layers.GroupNormalization)]
+)
+def test_normalization_follows_every_convolution(nets, name, kind):
+    convolutions = _of(nets[name], keras.layers.Conv2D | keras.layers.DepthwiseConv2D)
+    assert len(_of(nets[name], kind)) == len(convolutions)
+    assert not any(c.use_bias for c in convolutions)
+
+
+@pytest.mark.parametrize("name", ["none", "sn", "nf"])
+def test_no_normalization_layer(nets, name):
+    normalizers = keras.layers.BatchNormalization | keras.layers.GroupNormalization | keras.layers.LayerNormalization
+    assert not _of(nets[name], normalizers)
+
+
+def test_group_normalization_takes_groups_that_divide_the_channels(nets):
+    for layer in _of(nets["gn"], keras.layers.GroupNormalization):
+        channels = layer.output.shape[-1]
+        assert channels % layer.groups == 0 and layer.groups == np.gcd(32, channels)
+
+
+def test_none_starts_from_he_fan_out_corrected_for_groups():
+    model = nfzoo.build("none_efficientnet_b0", input_shape=(32, 32, 3))
+    assert _std(model, "stage6_block2_conv2/kernel") == pytest.approx(np.sqrt(2 / 25), rel=0.02)
+    assert _std(model, "top_conv/kernel") == pytest.approx(np.sqrt(2 / 1280), rel=0.02)
+
+
+def test_none_offers_the_initialisation_of_the_poster():
+    model = nfzoo.build("none_efficientnet_b0", input_shape=(32, 32, 3), init="poster")
+    assert _std(model, "stage6_block2_conv2/kernel") == pytest.approx(np.sqrt(2 / (25 * 1152)), rel=0.02)
+    assert _std(model, "head/kernel") == pytest.approx(0.01, rel=0.02)
+
+
+def test_sn_starts_from_lecun_with_the_fan_in_of_one_channel():
+    model = nfzoo.build("sn_efficientnet_b0", input_shape=(32, 32, 3))
+    assert _std(model, "stage6_block2_conv2/kernel") == pytest.approx(1 / 5, rel=0.02)
+    assert _std(model, "stage6_block2_conv1/kernel") == pytest.approx(np.sqrt(1 / 192), rel=0.02)
+    assert _std(model, "stage6_block2_se_expand/kernel") == pytest.approx(np.sqrt(1 / 48), rel=0.02)
+    assert _std(model, "head/kernel") == pytest.approx(0.01, rel=0.02)
+
+
+def test_sn_is_selu_everywhere_squeeze_excite_included(nets):
+    activations = _of(nets["sn"], keras.layers.Activation)
+    assert any("_se_" in layer.name for layer in activations)
+    assert {keras.activations.serialize(layer.activation) for layer in activations} == {"selu"}
+
+
+def test_sn_merges_and_gates_preserve_magnitude(nets):
+    root = numerics.magnitude_preserving_weights()[0]
+    assert {(m.skip_scale, m.branch_scale) for m in _of(nets["sn"], layers.Merge)} == {(root, root)}
+    assert all(gate.magnitude_preserving for gate in _of(nets["sn"], layers.Gate))
+
+
+def test_sn_without_magnitude_preservation_is_a_plain_sum_and_gate():
+    model = nfzoo.build("sn_test_efficientnet", magnitude_preserving=False)
+    assert {(m.skip_scale, m.branch_scale) for m in _of(model, layers.Merge)} == {(1.0, 1.0)}
+    assert all(not gate.magnitude_preserving and gate.gain == 1 for gate in _of(model, layers.Gate))
+
+
+def test_sn_offers_alpha_dropout():
+    assert isinstance(nfzoo.build("sn_test_efficientnet").get_layer("top_drop"), keras.layers.Dropout)
+    model = nfzoo.build("sn_test_efficientnet", alpha_dropout=True)
+    assert isinstance(model.get_layer("top_drop"), keras.layers.AlphaDropout)
+
+
+def test_nf_standardizes_every_convolution(nets):
+    convolutions = _of(nets["nf"], keras.layers.Conv2D | keras.layers.DepthwiseConv2D)
+    assert convolutions and all(
+        isinstance(c, layers.ScaledStdConv2D | layers.ScaledStdDepthwiseConv2D) and c.use_bias for c in convolutions
+    )
+
+
+def test_nf_scales_activations_outside_squeeze_excite(nets):
+    scaled = _of(nets["nf"], layers.ScaledActivation)
+    assert {layer.scale for layer in scaled} == {1.7881293296813965}
+    assert all("_se_" in layer.name for layer in _of(nets["nf"], keras.layers.Activation))
+    assert all(gate.gain == 2 for gate in _of(nets["nf"], layers.Gate))
+
+
+def test_nf_entrances_divide_by_the_expected_std():
+    model = nfzoo.build("nf_efficientnet_b0", input_shape=(32, 32, 3), alpha=0.5)
+    scales = {layer.name: layer.scale for layer in _of(model, keras.layers.Rescaling)}
+    assert scales == {
+        f"stage{s}_block{b}_enter": pytest.approx((1 + 0.25 * (b - 2)) ** -0.5)
+        for s, n in enumerate((1, 2, 2, 3, 3, 4, 1), 1)
+        for b in range(3, n + 1)
+    }
+
+
+def test_nf_merge_is_skip_plus_alpha_gain_branch(nets):
+    merges = _of(nets["nf"], layers.Merge)
+    assert {(m.skip_scale, m.branch_scale) for m in merges} == {(1.0, 0.2)}
+    assert {float(m.gain.numpy()) for m in merges} == {0.0}
+
+
+def test_nf_branch_has_unit_variance_at_any_depth():
+    """The point of the bookkeeping: whatever came before, a branch starts and ends with variance one."""
+    model = nfzoo.build(
+        "nf_test_efficientnet", skip_gain=1.0, repeats=(1, 2, 8), channels=(64, 64, 64), stem_channels=64
+    )
+    x = np.random.default_rng(0).standard_normal((16, 64, 64, 3)).astype("float32")
+    rows = nfzoo.spp.snapshot(model, x, taps="blocks", what=("activations",)).set_index("layer")
+    branches = rows[rows.place == "branch"].acv
+    assert branches.between(0.6, 1.3).all(), branches
+    stream = rows.acv[[f"stage3_block{b}_out" for b in range(2, 9)]].to_numpy()
+    growth = np.diff(stream)
+    assert np.all(growth > 0.5 * 0.2**2) and np.all(growth < 1.5 * 0.2**2)
+
+
+def test_bn_affine_parameters_are_optional():
+    model = nfzoo.build("bn_ffnn_10x100", scale=False, center=False)
+    assert not [v for v in model.trainable_variables if "norm" in v.path]
+    kept = nfzoo.build("bn_ffnn_10x100", scale=False, center=False, stem_affine=True)
+    assert [v.path for v in kept.trainable_variables if "norm" in v.path] == ["hidden_norm1/gamma", "hidden_norm1/beta"]
+
+
+def test_overrides_of_bn_constants():
+    norm = nfzoo.build("bn_test_efficientnet", epsilon=1e-5, momentum=0.9).get_layer("stem_norm1")
+    assert (norm.epsilon, norm.momentum) == (1e-5, 0.9)
+
+
+def test_override_of_the_activation():
+    model = nfzoo.build("nf_test_efficientnet", activation="relu")
+    assert {layer.activation for layer in _of(model, layers.ScaledActivation)} == {"relu"}
+
+
+def test_unknown_padding():
+    with pytest.raises(ValueError, match="padding='valid'"):
+        nfzoo.build("sn_test_efficientnet", padding="valid")
