@@ -100,8 +100,9 @@ class StopOnNaN(keras.callbacks.Callback):
 class Checkpoints(keras.callbacks.Callback):
     """Keep the last two epochs of a run as pairs: model-N.keras (weights, optimizer, AGC) and model-N.json beside it.
 
-    The description carries the model's sha256 and the history up to that epoch, and is written last: a pair that is
-    incomplete or does not verify is passed over by `latest`.
+    The description carries the model's sha256, the history up to that epoch and the random states of its layers, which
+    a saved Keras model leaves out. It is written last: a pair that is incomplete or does not verify is passed over by
+    `latest`.
     """
 
     def __init__(self, folder: pathlib.Path, history: list[dict], guard: StopOnNaN):
@@ -125,12 +126,19 @@ class Checkpoints(keras.callbacks.Callback):
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        description = {"epoch": epoch + 1, "sha256": digest, "history": self.history}
+        random = [keras.ops.convert_to_numpy(v).tolist() for v in random_states(self.model)]
+        description = {"epoch": epoch + 1, "sha256": digest, "history": self.history, "random": random}
         write_atomically(path.with_suffix(".json"), json.dumps(description))
         write_history(self.folder.parent / "history.csv", self.history)
         for old in pairs(self.folder)[2:]:
             old.with_suffix(".json").unlink(missing_ok=True)
             old.unlink(missing_ok=True)
+
+
+def random_states(model: keras.Model) -> list[keras.Variable]:
+    """The states of the random streams (dropout, stochastic depth), in model order."""
+    weights = {id(v) for v in model.weights}
+    return [v for v in model.non_trainable_variables if id(v) not in weights]
 
 
 def pairs(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -287,7 +287,7 @@ class Batches(keras.utils.PyDataset):
         seed: with the epoch and the step it decides order and augmentation.
         shuffle: new order every epoch.
         augment: random crop and flip; None for neither.
-        epoch: the epoch to begin with, for a run that resumes.
+        epoch: the epoch of the batches; in `fit`, pass an `EpochClock` to set it.
 
     Example:
         >>> images = load(Data(name="fake"))
@@ -322,6 +322,20 @@ class Batches(keras.utils.PyDataset):
         self.epoch += 1
 
 
+class EpochClock(keras.callbacks.Callback):
+    """Tell batches which epoch `fit` is in. Keras also ends an "epoch" when it first looks at the data, so that the
+    count of `on_epoch_end` alone would depend on whether the model was built before.
+    """
+
+    def __init__(self, *batches: Batches):
+        super().__init__()
+        self.batches = batches
+
+    def on_epoch_begin(self, epoch, logs=None) -> None:
+        for batches in self.batches:
+            batches.epoch = epoch
+
+
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, 3]).permutation(n)
@@ -340,14 +354,13 @@ def transform(images: np.ndarray, augment: Augment, rng: np.random.Generator) ->
     return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def pipeline(images: Images, recipe, epoch: int = 0) -> dict[str, Batches]:
+def pipeline(images: Images, recipe) -> dict[str, Batches]:
     """The three streams of a run: train (shuffled, augmented), validation, test."""
     common = {
         "batch_size": recipe.batch_size,
         "mean": images.mean,
         "std": images.std,
         "seed": recipe.seed,
-        "epoch": epoch,
     }
     on_validation = recipe.augment if recipe.augment.on_validation else None
     return {

@@ -122,10 +122,14 @@ def run(
         images = data.load(recipe.data, recipe.seed)
         restored = _restore(out, console)
         net, epoch, history = restored or (_new_model(resolved, images, recipe), 0, [])
-        batches = data.pipeline(images, recipe, epoch)
+        batches = data.pipeline(images, recipe)
         guard = callbacks.StopOnNaN()
         progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), console)
-        steps: list[keras.callbacks.Callback] = [guard, progress]
+        steps: list[keras.callbacks.Callback] = [
+            data.EpochClock(batches["train"], batches["validation"]),
+            guard,
+            progress,
+        ]
         if taps:
             x, y = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, images.mean, images.std)[0]
             steps.append(spp.SignalPropagation(x, y, taps=taps, log_dir=out))
@@ -158,7 +162,8 @@ def _claim(out: pathlib.Path, resolved: dict) -> dict | None:
         if differing:
             raise ValueError(
                 f"Expected the folder of this run. Received: {out}, which holds another one: its "
-                f"{', '.join(differing)} differ(s) (model {before.get('model')}). Choose another --out, or remove the folder."
+                f"{', '.join(differing)} differ(s) (model {before.get('model')}). Choose another --out, or remove "
+                "the folder."
             )
         with contextlib.suppress(OSError, json.JSONDecodeError):
             return json.loads((out / "metrics.json").read_text())
@@ -191,7 +196,10 @@ def _restore(out: pathlib.Path, console: Console) -> tuple[keras.Model, int, lis
         return None
     path, description = found
     console.print(f"resuming {out} after epoch {description['epoch']}")
-    return keras.saving.load_model(path), description["epoch"], description["history"]
+    net = keras.saving.load_model(path)
+    for variable, value in zip(callbacks.random_states(net), description["random"], strict=True):
+        variable.assign(np.array(value, variable.dtype))
+    return net, description["epoch"], description["history"]
 
 
 def _new_model(resolved: dict, images: data.Images, recipe: recipes.Recipe) -> keras.Model:

@@ -186,5 +186,7 @@ def fingerprint(recipe: Recipe) -> str:
         >>> fingerprint(get("poster")) == fingerprint(override(get("poster"), {"seed": 67}))
         True
     """
-    tree = recipe.model_dump(exclude={"seed": True, "seeds": True, "data": {"data_dir"}}, exclude_defaults=True)
+    anywhere = recipe.data.model_copy(update={"data_dir": None})
+    plain = recipe.model_copy(update={"seed": 0, "seeds": (0,), "data": anywhere})
+    tree = plain.model_dump(exclude_defaults=True)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

@@ -217,8 +217,11 @@ class SignalLog:
 
     def append(self, records: Sequence[dict]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        with self.path.open("a+b") as file:
+            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+                lines = "\n" + lines  # the last writer was killed: do not add to its broken line
+            file.write(lines.encode())
 
     def read(self) -> list[dict]:
         records = []
@@ -297,7 +300,9 @@ class SignalPropagation(keras.callbacks.Callback):
     ):  # fmt: skip
         super().__init__()
         if not (every == "epoch" or callable(every) or (isinstance(every, int) and every > 0)):
-            raise ValueError(f'Expected every to be "epoch", a number of steps, or a function. Received: {every!r}')
+            raise ValueError(
+                f'Expected every to be "epoch", a number of steps or a function. Received: every={every!r}'
+            )
         self.x, self.y, self.every = x, y, every
         self.options = {"taps": taps, "what": what, "definition": definition}
         self.loss = loss

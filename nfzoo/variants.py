@@ -126,8 +126,10 @@ class Variant:
     def head(self, x, units: int, activation: str | None, scheme: str = "small"):
         """Classifier; `scheme` "hidden" initialises it as a hidden layer, "small" as the variant's `head_init`."""
         init = self.kernel_init(1, x.shape[-1], units) if scheme == "hidden" else self.head_init()
-        # float32 logits whatever the policy: a half-precision softmax loses the tail.
-        return layers.Dense(units, activation=activation, kernel_initializer=init, name="head", dtype="float32")(x)
+        # Logits in float32 under mixed precision: a half-precision softmax loses the tail.
+        half = keras.config.dtype_policy().compute_dtype in ("float16", "bfloat16")
+        dtype = "float32" if half else None
+        return layers.Dense(units, activation=activation, kernel_initializer=init, name="head", dtype=dtype)(x)
 
     def head_init(self) -> keras.Initializer:
         if self.init == "poster":

@@ -252,7 +252,7 @@ def test_variance_profile_of_bn():
 
 
 def test_the_poster_initialisation_fades_without_normalization():
-    """Each depthwise layer multiplies the variance by about 2 / channels; dividing the fan-out by the groups mends it."""
+    """Each depthwise layer multiplies the variance by about 2 / channels, unless the fan-out is that of a group."""
     faded, corrected = (_profile("none_efficientnet_b0", init=init)[-1] for init in ("poster", "he_fan_out"))
     assert faded < 1e-20 and corrected > 1e10 * faded
 

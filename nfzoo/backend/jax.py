@@ -52,9 +52,9 @@ def signals(model: keras.Model, taps: list[str], compute_loss, reduce):
             value = outputs[layer.name] = _Perturb(name=f"{layer.name}__probe")(value)
         return value
 
-    view = keras.Model(model.inputs, model.outputs[0])  # uncompiled, so that the clone is
+    view = keras.Model(model.input, model.outputs[0])  # uncompiled, so that the clone is
     clone = keras.models.clone_model(view, call_function=tapped)
-    probe = keras.Model(clone.inputs, {"taps": outputs, "outputs": clone.outputs[0]})
+    probe = keras.Model(clone.input, {"taps": outputs, "outputs": clone.outputs[0]})
     paths = [v.path for v in view.trainable_variables]
 
     @jax.jit

@@ -59,7 +59,7 @@ def signals(model: keras.Model, taps: list[str], compute_loss, reduce):
         A function (x, y) -> structure of scalars that leaves every state of the model as it was.
     """
     outputs = {name: model.get_layer(name).output for name in taps}
-    probe = keras.Model(model.inputs, {"taps": outputs, "outputs": model.outputs[0]})
+    probe = keras.Model(model.input, {"taps": outputs, "outputs": model.outputs[0]})
     paths = [v.path for v in probe.trainable_variables]
 
     # XLA multiplies the time of a convolutional graph on a CPU; the probe stays in the plain graph.

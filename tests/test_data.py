@@ -1,0 +1,215 @@
+"""Images in memory, and batches that are a pure function of seed, epoch and step."""
+
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from nfzoo import data, recipes
+from nfzoo.recipes import Augment, Data
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load(Data(name="digits"), seed=3)
+
+
+def test_digits_are_real_and_split_without_overlap(digits):
+    sizes = [len(s) for s in (digits.train, digits.validation, digits.test)]
+    assert sum(sizes) == 1797 and digits.train.images.dtype == np.uint8
+    rows = np.concatenate([s.images.reshape(len(s), -1) for s in (digits.train, digits.validation)])
+    again = data.load(Data(name="digits"), seed=4)
+    other = np.concatenate([s.images.reshape(len(s), -1) for s in (again.train, again.validation)])
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, other))  # another split of the same images
+    assert not np.array_equal(again.train.labels, digits.train.labels)
+    np.testing.assert_array_equal(again.test.images, digits.test.images)
+
+
+def test_batches_standardize_with_the_constants_of_the_set(digits):
+    batches = data.Batches(digits.train, len(digits.train), digits.mean, digits.std)
+    x, y = batches[0]
+    np.testing.assert_allclose(x.mean((0, 1, 2)), 0, atol=0.02)
+    np.testing.assert_allclose(x.std((0, 1, 2)), 1, atol=0.02)
+    np.testing.assert_array_equal(y, digits.train.labels)
+    expected = (digits.train.images[:5] / 255 - np.array(digits.mean)) / np.array(digits.std)
+    np.testing.assert_allclose(x[:5], expected, atol=1e-5)
+
+
+def test_constants_of_cifar100():
+    mean, std = data.CONSTANTS["cifar100"]
+    assert mean == (0.5070751592, 0.4865488733, 0.4409178433)
+    assert std == (0.2673342859, 0.2564384629, 0.2761504713)
+
+
+def test_every_image_once_an_epoch_and_the_last_batch_kept(digits):
+    batches = data.Batches(digits.train, 100, (0, 0, 0), (1, 1, 1), seed=1, shuffle=True)
+    assert len(batches) == 12 and len(batches[11][1]) == 50
+    seen = np.concatenate([batches[i][0] for i in range(12)])
+    key = lambda a: sorted(map(bytes, np.round(a * 255).astype(np.uint8).reshape(len(a), -1)))  # noqa: E731
+    assert key(seen) == key(digits.train.images / 255)
+
+
+def test_a_batch_depends_on_seed_epoch_and_step_alone(digits):
+    def make(**kwargs):
+        options = {"seed": 1, "shuffle": True, "augment": Augment(crop_padding=4, flip=True), **kwargs}
+        return data.Batches(digits.train, 64, digits.mean, digits.std, **options)
+
+    batches = make()
+    first = batches[5][0]
+    batches[2], batches[7]
+    np.testing.assert_array_equal(batches[5][0], first)
+    batches.on_epoch_end()
+    second = batches[5][0]
+    assert not np.array_equal(second, first)
+    np.testing.assert_array_equal(make(epoch=1)[5][0], second)
+    assert not np.array_equal(make(seed=2)[5][0], first)
+
+
+def test_fit_sees_the_epochs_in_order(digits):
+    """Keras opens a new iterator at the end of an epoch; none of its batches may carry the wrong epoch."""
+    seen = []
+
+    class Watch(keras.Model):
+        def call(self, x):
+            return x[:, 0, 0, :1]
+
+        def train_step(self, batch):
+            return {"sum": keras.ops.sum(batch[0])}
+
+    class Keep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(float(logs["sum"]))
+
+    split = digits.train.take(slice(0, 96))
+    make = lambda epoch: data.Batches(split, 32, (0.3,) * 3, (0.4,) * 3, shuffle=True, seed=9, epoch=epoch)  # noqa: E731
+    model = Watch()
+    model.compile("sgd", "mse")
+    batches = make(0)
+    model.fit(batches, epochs=3, verbose=0, callbacks=[data.EpochClock(batches), Keep()])
+    expected = [make(epoch)[step][0].sum() for epoch in range(3) for step in range(3)]
+    np.testing.assert_allclose(seen, expected, rtol=1e-4)
+
+
+def test_transform_equals_a_loop():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (16, 6, 8, 3)).astype(np.uint8)
+    got = data.transform(images, Augment(crop_padding=2, flip=True), np.random.default_rng(5))
+    draws = np.random.default_rng(5)
+    top, left = draws.integers(0, 5, (2, 16))
+    flip = draws.random(16) < 0.5
+    assert 0 < flip.sum() < 16
+    for i, image in enumerate(images):
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
+        crop = padded[top[i] : top[i] + 6, left[i] : left[i] + 8]
+        np.testing.assert_array_equal(got[i], crop[:, ::-1] if flip[i] else crop)
+
+
+def test_no_augmentation_is_the_identity():
+    images = np.random.default_rng(0).integers(0, 255, (4, 5, 5, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(data.transform(images, Augment(), np.random.default_rng(0)), images)
+
+
+def test_pipeline_augments_validation_only_where_the_recipe_says_so(digits):
+    for on_validation in (True, False):
+        recipe = recipes.Recipe(augment=Augment(crop_padding=4, flip=True, on_validation=on_validation))
+        streams = data.pipeline(digits, recipe)
+        assert (streams["validation"].augment is not None) == on_validation
+        assert streams["train"].augment is not None and streams["test"].augment is None
+
+
+def test_arrays_round_trip(tmp_path, digits):
+    path = data.save(Data(name="digits"), tmp_path / "digits.npz")
+    again = data.load(Data(name=str(path)), seed=3)
+    np.testing.assert_array_equal(again.train.images, digits.train.images)
+    np.testing.assert_array_equal(again.test.labels, digits.test.labels)
+    assert again.classes == digits.classes
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _write(folder: pathlib.Path, n: int, size=(10, 12), colour=0):
+    folder.mkdir(parents=True)
+    for i in range(n):
+        Image.fromarray(np.full((*size, 3), colour + i, np.uint8)).save(folder / f"{i}.png")
+
+
+def test_folder_of_images_by_class(tmp_path):
+    for split in ("train", "val"):
+        _write(tmp_path / split / "ants", 3, colour=0)
+        _write(tmp_path / split / "bees", 4, colour=100)
+    images = data.load(Data(name=str(tmp_path), image_size=8, validation_fraction=0.0))
+    assert images.classes == ("ants", "bees") and images.train.images.shape == (7, 8, 8, 3)
+    bright = images.train.images.mean((1, 2, 3)) > 50
+    np.testing.assert_array_equal(bright, images.train.labels == 1)
+
+
+def test_folder_without_a_test_split_holds_a_fifth_out(tmp_path):
+    _write(tmp_path / "ants", 10)
+    _write(tmp_path / "bees", 10)
+    images = data.load(Data(name=str(tmp_path), image_size=8))
+    assert (len(images.train), len(images.validation), len(images.test)) == (13, 3, 4)
+
+
+def test_images_of_several_sizes_need_a_size(tmp_path):
+    _write(tmp_path / "train" / "ants", 2, (10, 10))
+    _write(tmp_path / "train" / "bees", 2, (10, 12))
+    _write(tmp_path / "test" / "ants", 2, (10, 10))
+    with pytest.raises(ValueError, match=r"image_size=160"):
+        data.load(Data(name=str(tmp_path)))
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    _write(tmp_path / "ants", 3)
+    (tmp_path / "ants" / "broken.png").write_bytes(b"\x89PNG not really")
+    with pytest.raises(OSError, match="broken.png"):
+        data.load(Data(name=str(tmp_path), image_size=8))
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "ants").mkdir()
+    with pytest.raises(ValueError, match="none"):
+        data.load(Data(name=str(tmp_path)))
+
+
+def test_unknown_names_say_what_is_accepted(tmp_path):
+    with pytest.raises(FileNotFoundError, match="digits, fake.*no_such_set"):
+        data.load(Data(name="no_such_set"))
+
+
+def test_an_unprepared_set_says_how_to_get_it(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def offline(self, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", offline)
+    with pytest.raises(FileNotFoundError, match=r"no network.*--data-dir"):
+        data.load(Data(name="cifar100", data_dir=str(tmp_path)))
+
+
+def test_damaged_and_pickled_arrays(tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_bytes(b"PK nothing")
+    with pytest.raises(ValueError, match="plain arrays"):
+        data.load(Data(name=str(path)))
+    np.savez(path, train_images=np.array([{"evil": 1}], dtype=object))
+    with pytest.raises(ValueError, match="plain arrays"):
+        data.load(Data(name=str(path)))
+    np.savez(path, train_images=np.zeros((2, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="without train_labels"):
+        data.load(Data(name=str(path)))
+    with pytest.raises(FileNotFoundError, match="nfzoo data"):
+        data.load(Data(name=str(tmp_path / "none.npz")))
+
+
+def test_limit_keeps_a_subset():
+    images = data.load(Data(name="digits", limit=100))
+    assert len(images.train) == 100 and len(images.validation) == 100
+
+
+def test_a_set_too_large_for_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "MAX_BYTES", 100)
+    _write(tmp_path / "ants", 3)
+    with pytest.raises(ValueError, match="memory"):
+        data.load(Data(name=str(tmp_path), image_size=8))
