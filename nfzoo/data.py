@@ -287,7 +287,7 @@ class Batches(keras.utils.PyDataset):
         seed: with the epoch and the step it decides order and augmentation.
         shuffle: new order every epoch.
         augment: random crop and flip; None for neither.
-        epoch: the epoch of the batches; in `fit`, pass an `EpochClock` to set it.
+        epoch: the epoch of the batches. In `fit`, pass an `EpochClock` to set it, and shuffle=False.
 
     Example:
         >>> images = load(Data(name="fake"))

@@ -139,6 +139,7 @@ def run(
             validation = batches["validation"] if len(images.validation) else None
             net.fit(
                 batches["train"], validation_data=validation, epochs=recipe.epochs, initial_epoch=epoch,
+                shuffle=False,  # Keras would shuffle the steps; the batches order themselves
                 callbacks=steps, verbose=0,
             )  # fmt: skip
         finally:

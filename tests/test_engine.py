@@ -1,0 +1,234 @@
+"""Runs: the folder tells everything, a second call resumes, bad luck is survived and said."""
+
+import errno
+import io
+import json
+import pathlib
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from nfzoo import callbacks, engine, recipes, spp
+
+MODEL = "sn_test_ffnn"
+BUILD = {"dropout_rate": 0.3}
+
+
+@pytest.fixture
+def console():
+    return Console(record=True, width=200, file=io.StringIO())
+
+
+def _recipe(**changes):
+    small = {"data.name": "fake", "epochs": 4, "batch_size": 64, "data.limit": 128, "agc": 0.1}
+    return recipes.override(recipes.get("demo"), {**small, **changes})
+
+
+def _weights(folder):
+    return [np.array(w) for w in engine.load_run(folder).get_weights()]
+
+
+class _Killed(Exception):
+    pass
+
+
+def _kill_after(monkeypatch, epoch, error=_Killed):
+    """Die right after the checkpoint of an epoch, as a SIGKILL would: nothing later runs."""
+    original = callbacks.Checkpoints.on_epoch_end
+
+    def on_epoch_end(self, number, logs=None):
+        original(self, number, logs)
+        if number + 1 == epoch:
+            raise error
+
+    monkeypatch.setattr(callbacks.Checkpoints, "on_epoch_end", on_epoch_end)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, engine.run(MODEL, _recipe(), folder, overrides=BUILD, console=Console(quiet=True))
+
+
+def test_a_run_leaves_its_record(whole):
+    folder, metrics = whole
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"options.json", "history.csv", "metrics.json", "spp.jsonl", "model.keras"}
+    options = engine.read_options(folder)
+    assert options["model"] == MODEL and options["build"] == BUILD
+    assert recipes.Recipe.model_validate(options["recipe"]) == _recipe()
+    assert {"versions", "commit", "machine", "command", "fingerprint"} <= options.keys()
+    history = pd.read_csv(folder / "history.csv")
+    assert history.epoch.tolist() == [1, 2, 3, 4]
+    assert {"loss", "accuracy", "val_loss", "val_accuracy", "agc_clipped"} <= set(history.columns)
+    assert metrics["status"] == "complete" and metrics["val_accuracy"] == history.val_accuracy.iloc[-1]
+    assert spp.read(folder).epoch.unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_it_learns(whole):
+    history = pd.read_csv(whole[0] / "history.csv")
+    assert history.loss.iloc[-1] < history.loss.iloc[0]
+
+
+def test_the_same_command_again_returns_the_result(whole, console, monkeypatch):
+    monkeypatch.setattr(engine.data, "load", lambda *a: pytest.fail("it trained again"))
+    again = engine.run(MODEL, _recipe(), whole[0], overrides=BUILD, console=console)
+    assert again == whole[1] and "nothing to do" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "epoch"),
+    [(MODEL, 1), (MODEL, 3), pytest.param("nf_test_efficientnet", 2, marks=pytest.mark.slow)],
+)
+def test_a_killed_run_ends_as_an_uninterrupted_one(whole, model, epoch, tmp_path, monkeypatch, console):
+    """Same weights, history and signals, dropout and stochastic depth included."""
+    folder, build = tmp_path / "run", BUILD
+    run = lambda to: engine.run(model, _recipe(), to, overrides=build, console=console)  # noqa: E731
+    if model != MODEL:
+        build = {**BUILD, "drop_path_rate": 0.2}
+        whole = (tmp_path / "whole", run(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        _kill_after(patch, epoch)
+        with pytest.raises(_Killed):
+            run(folder)
+    assert not (folder / "metrics.json").exists()
+    run(folder)
+    assert f"after epoch {epoch}" in console.export_text()
+    for a, b in zip(_weights(folder), _weights(whole[0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
+    drop = ["seconds"]
+    pd.testing.assert_frame_equal(
+        pd.read_csv(folder / "history.csv").drop(columns=drop), pd.read_csv(whole[0] / "history.csv").drop(columns=drop)
+    )
+    signals, expected = (spp.read(f)[["step", "epoch", "kind", "layer"]] for f in (folder, whole[0]))
+    pd.testing.assert_frame_equal(signals, expected)
+
+
+def test_ctrl_c_resumes(tmp_path, monkeypatch, console):
+    with monkeypatch.context() as patch:
+        _kill_after(patch, 1, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(MODEL, _recipe(epochs=2), tmp_path / "run", taps=None, console=console)
+    assert engine.run(MODEL, _recipe(epochs=2), tmp_path / "run", taps=None, console=console)["epochs"] == 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no description", "half a description"])
+def test_a_damaged_checkpoint_is_passed_over_aloud(damage, tmp_path, monkeypatch, console):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _kill_after(patch, 2)
+        with pytest.raises(_Killed):
+            engine.run(MODEL, _recipe(epochs=3), folder, taps=None, console=console)
+    newest = folder / "checkpoints" / "model-2.keras"
+    content = newest.read_bytes()
+    if damage == "truncate":
+        newest.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        newest.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    elif damage == "no description":
+        newest.with_suffix(".json").unlink()
+    else:
+        newest.with_suffix(".json").write_text('{"epoch": 2, "sha')
+    metrics = engine.run(MODEL, _recipe(epochs=3), folder, taps=None, console=console)
+    said = console.export_text()
+    assert "model-2.keras is damaged" in said and "after epoch 1" in said
+    assert metrics["epochs"] == 3
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_overwritten(tmp_path, monkeypatch, console):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _kill_after(patch, 1)
+        with pytest.raises(_Killed):
+            engine.run(MODEL, _recipe(), folder, taps=None, console=console)
+    (folder / "checkpoints" / "model-1.keras").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="none does"):
+        engine.run(MODEL, _recipe(), folder, taps=None, console=console)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, console):
+    class Poison(callbacks.StopOnNaN):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                kernel = self.model.get_layer("head").kernel
+                kernel.assign(np.full(kernel.shape, np.nan))
+
+    monkeypatch.setattr(callbacks, "StopOnNaN", Poison)
+    metrics = engine.run(MODEL, _recipe(), tmp_path / "run", taps=None, console=console)
+    assert metrics["status"] == "diverged" and metrics["diverged_at_step"] == 1 and metrics["epochs"] == 2
+    assert metrics["test_loss"] is None and 0 <= metrics["test_accuracy"] <= 1
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("*.keras"))
+    assert kept == ["model-1.keras", "model-2.keras"]
+    assert all(np.isfinite(w).all() for w in _weights(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+
+
+def test_a_high_learning_rate_diverges_for_real(tmp_path, console):
+    recipe = _recipe(**{"optimizer.name": "sgd", "optimizer.learning_rate": 1e6, "agc": "none"})
+    metrics = engine.run("none_test_ffnn", recipe, tmp_path / "run", taps=None, console=console)
+    assert metrics["status"] == "diverged" and metrics["epochs"] < 4
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, console):
+    folder = tmp_path / "run"
+    save = keras.Model.save
+
+    def full(self, path, **kwargs):
+        if "partial-2" in str(path):
+            pathlib.Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(self, path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.Model, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            engine.run(MODEL, _recipe(), folder, taps=None, console=console)
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"model-1.keras", "model-1.json"}
+    assert engine.run(MODEL, _recipe(), folder, taps=None, console=console)["epochs"] == 4
+
+
+def test_a_folder_holds_one_run(whole, tmp_path, console):
+    with pytest.raises(ValueError, match="holds another one: its recipe"):
+        engine.run(MODEL, _recipe(epochs=5), whole[0], overrides=BUILD, console=console)
+    with pytest.raises(ValueError, match="its model"):
+        engine.run("bn_test_ffnn", _recipe(), whole[0], overrides=BUILD, console=console)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="other files"):
+        engine.run(MODEL, _recipe(), tmp_path, console=console)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_output_folder_that_cannot_be_made(console):
+    with pytest.raises(OSError):
+        engine.run(MODEL, _recipe(), "/proc/no/such/place", console=console)
+
+
+def test_damaged_options_are_said(tmp_path, console):
+    (tmp_path / "options.json").write_text('{"model": "nf_te')
+    with pytest.raises(ValueError, match="damaged"):
+        engine.run(MODEL, _recipe(), tmp_path, console=console)
+
+
+def test_evaluate_gives_the_accuracy_of_the_run(whole):
+    folder, metrics = whole
+    assert engine.evaluate(folder)["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=1e-6)
+    with pytest.raises(ValueError, match="4 classes.*10 classes"):
+        engine.evaluate(folder, "digits")
+    with pytest.raises(FileNotFoundError, match="folder of a run"):
+        engine.evaluate(folder.parent)
+
+
+def test_mixed_precision_policy_is_the_runs_alone(tmp_path, console):
+    recipe = _recipe(epochs=1, precision="mixed_bfloat16")
+    engine.run(MODEL, recipe, tmp_path / "run", taps=None, console=console)
+    assert keras.config.dtype_policy().name == "float32"
+    assert engine.load_run(tmp_path / "run").get_layer("hidden_linear1").compute_dtype == "bfloat16"
+
+
+def test_progress_is_plain_lines_without_a_terminal(tmp_path, console):
+    engine.run(MODEL, _recipe(epochs=2), tmp_path / "run", taps=None, console=console)
+    lines = console.export_text().strip().splitlines()
+    assert len(lines) == 2 and "epoch 2/2" in lines[1] and "images/s" in lines[1] and "0:00 left" in lines[1]
