@@ -81,7 +81,7 @@ def _text(logs: dict | None) -> str:
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Stop at the first step whose loss is not finite; `step` then tells which (1-based, within its epoch)."""
+    """Stop at the first loss or validation loss that is not finite; `step` tells where (1-based, within its epoch)."""
 
     def __init__(self):
         super().__init__()
@@ -93,8 +93,16 @@ class StopOnNaN(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None) -> None:
         if self.step is None and not math.isfinite(float((logs or {}).get("loss", 0.0))):
-            self.step = batch + 1
-            self.model.stop_training = True
+            self._stop(batch + 1)
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        # The last step of an epoch can ruin the weights; only the validation shows it.
+        if self.step is None and not math.isfinite(float((logs or {}).get("val_loss", 0.0))):
+            self._stop(self.params["steps"])
+
+    def _stop(self, step: int) -> None:
+        self.step = step
+        self.model.stop_training = True
 
 
 class Checkpoints(keras.callbacks.Callback):

@@ -230,7 +230,7 @@ def spp(
             logs[pathlib.Path(source).name] = read(source)
         else:
             logs[source] = _at_initialisation(source, data, data_dir, taps, seed, _overrides(build))
-    console.print(f"wrote {plots.save(plots.signal_propagation(logs), to)}")
+    console.print(f"wrote {plots.save(plots.signal_propagation(logs), to)}", soft_wrap=True)
 
 
 def _at_initialisation(model: str, source: str, data_dir: str | None, taps: str, seed: int, overrides: dict):
@@ -292,7 +292,7 @@ def scan(
     results = tune.scan(models, rates, resolved, out, seeds=chosen, overrides=overrides, console=console)
     picture = plots.save(plots.scan(tune.summary(results)), out / "scan.png")
     console.print(tune.table(results))
-    console.print(f"wrote {out / 'scan.csv'} and {picture}")
+    console.print(f"wrote {out / 'scan.csv'} and {picture}", soft_wrap=True)
 
 
 def _numbers(text: str, kind: type, option: str) -> list:
@@ -314,7 +314,10 @@ def export(
 
     entry = export(run, to, format)
     difference = entry["largest_relative_difference"]
-    console.print(f"wrote {to}, reloaded and compared on real images: largest relative difference {difference:.1e}")
+    console.print(
+        f"wrote {to}, reloaded and compared on real images: largest relative difference {difference:.1e}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -330,7 +333,7 @@ def data(
     from nfzoo import recipes
 
     path = data_module.save(recipes.Data(name=name, data_dir=data_dir, image_size=image_size), to)
-    console.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); read it with --data {path}")
+    console.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); read it with --data {path}", soft_wrap=True)
 
 
 def main() -> None:
@@ -339,9 +342,10 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         app()
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command resumes")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C
+            Console(stderr=True).print("interrupted; the same command resumes")
+        raise
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("NFZOO_DEBUG"):
             raise

@@ -113,8 +113,8 @@ def run(
     """
     console, out = console or Console(), pathlib.Path(out)
     resolved = options(model, recipe, overrides)
-    if (done := _claim(out, resolved)) is not None:
-        console.print(f"{out}: {done['status']} already, nothing to do")
+    if (done := _result(out, resolved)) is not None:
+        console.print(f"{out}: {done['status']} already, nothing to do", soft_wrap=True)
         return done
 
     keras.utils.set_random_seed(recipe.seed)
@@ -122,6 +122,7 @@ def run(
         images = data.load(recipe.data, recipe.seed)
         restored = _restore(out, console)
         net, epoch, history = restored or (_new_model(resolved, images, recipe), 0, [])
+        _record(out, resolved)
         batches = data.pipeline(images, recipe)
         guard = callbacks.StopOnNaN()
         progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), console)
@@ -149,8 +150,8 @@ def run(
     return metrics
 
 
-def _claim(out: pathlib.Path, resolved: dict) -> dict | None:
-    """Take the folder for this run; return the result if it is there already."""
+def _result(out: pathlib.Path, resolved: dict) -> dict | None:
+    """Check that the folder is free or this run's; return the result if it is there already."""
     record = out / "options.json"
     if record.exists():
         try:
@@ -171,9 +172,14 @@ def _claim(out: pathlib.Path, resolved: dict) -> dict | None:
         return None
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"Expected an empty folder or the folder of a run. Received: {out}, which holds other files.")
-    out.mkdir(parents=True, exist_ok=True)
-    callbacks.write_atomically(record, json.dumps({**resolved, **environment()}, indent=1))
     return None
+
+
+def _record(out: pathlib.Path, resolved: dict) -> None:
+    """Write what this run is, once data and model are there: a mistake in their names leaves no folder behind."""
+    if not (out / "options.json").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        callbacks.write_atomically(out / "options.json", json.dumps({**resolved, **environment()}, indent=1))
 
 
 @contextlib.contextmanager
@@ -188,7 +194,7 @@ def _precision(policy: str):
 
 def _restore(out: pathlib.Path, console: Console) -> tuple[keras.Model, int, list[dict]] | None:
     folder = out / "checkpoints"
-    found = callbacks.latest(folder, lambda text: console.print(f"[yellow]warning:[/] {text}"))
+    found = callbacks.latest(folder, lambda text: console.print(f"[yellow]warning:[/] {text}", soft_wrap=True))
     if found is None:
         if callbacks.pairs(folder):
             raise ValueError(
@@ -196,7 +202,7 @@ def _restore(out: pathlib.Path, console: Console) -> tuple[keras.Model, int, lis
             )
         return None
     path, description = found
-    console.print(f"resuming {out} after epoch {description['epoch']}")
+    console.print(f"resuming {out} after epoch {description['epoch']}", soft_wrap=True)
     net = keras.saving.load_model(path)
     for variable, value in zip(callbacks.random_states(net), description["random"], strict=True):
         variable.assign(np.array(value, variable.dtype))

@@ -71,7 +71,7 @@ def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved
         "sha256": digest,
         "model": options["model"],
         "build": options["build"],
-        "input": {"shape": [None, *x.shape[1:]], "mean": images.mean, "std": images.std, "of": "x / 255"},
+        "input": {"shape": [None, *x.shape[1:]], "mean": list(images.mean), "std": list(images.std), "of": "x / 255"},
         "classes": list(images.classes),
         "data": recipe.data.name,
         "metrics": {k: metrics.get(k) for k in ("test_accuracy", "epochs")},

@@ -167,6 +167,12 @@ def _known(path: str, key: str, node: Any) -> None:
 
 
 def parse_value(value: Any) -> Any:
+    """Read a value from a command line: JSON where it is JSON, "none" as None, else the text itself.
+
+    Example:
+        >>> parse_value("3e-4"), parse_value("none"), parse_value("true"), parse_value("selu")
+        (0.0003, None, True, 'selu')
+    """
     if not isinstance(value, str):
         return value
     if value.lower() == "none":

@@ -1,0 +1,183 @@
+"""The command line: each command does its job, each mistake is one clear line and a non-zero exit."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from nfzoo import cli
+
+TINY = ["--data", "fake", "--set", "data.limit=64", "--set", "batch_size=64"]
+
+
+def _run(*args, **kwargs):
+    env = {**os.environ, "NFZOO_DEBUG": ""}
+    command = [sys.executable, "-m", "nfzoo.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, **kwargs)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command in this process; return exit status, stdout and stderr."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["nfzoo", *map(str, args)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    # The terminal of this process is pytest's.
+    monkeypatch.setattr(cli, "console", cli.Console(width=200, file=None))
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    process = _run("train", "nf_test_efficientnet", *TINY, "--epochs", 1, "--out", out)
+    assert process.returncode == 0, process.stderr
+    return out, process
+
+
+def test_train_prints_progress_and_the_result_and_nothing_else(trained):
+    out, process = trained
+    assert "epoch 1/1" in process.stdout and '"status": "complete"' in process.stdout
+    assert process.stderr == ""
+    assert (out / "metrics.json").exists() and (out / "spp.jsonl").exists()
+
+
+def test_eval(trained, call):
+    status, out, _ = call("eval", trained[0])
+    metrics = json.loads((trained[0] / "metrics.json").read_text())
+    assert status == 0 and json.loads(out)["accuracy"] == pytest.approx(metrics["test_accuracy"])
+
+
+def test_spp_of_runs_and_of_names(trained, call, tmp_path):
+    status, out, _ = call("spp", trained[0], "bn_test_efficientnet", "--data", "fake", "--to", tmp_path / "a.png")
+    assert status == 0 and "wrote" in out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > picture.height / 2 > 200
+
+
+def test_export(trained, call, tmp_path):
+    status, out, _ = call("export", trained[0], "--to", tmp_path / "zoo" / "nf")
+    assert status == 0 and "compared on real images" in out.replace("\n", " ")
+    assert json.loads((tmp_path / "zoo" / "manifest.json").read_text())["nf"]["format"] == "saved_model"
+
+
+def test_scan(call, tmp_path):
+    grid = ("bn_test_ffnn", "sn_test_ffnn", "--lr", "0.1,0.001", "--seeds", "0")
+    status, out, _ = call("scan", *grid, *TINY, "--epochs", 1, "--out", tmp_path)
+    assert status == 0 and "mean ± std" in out
+    assert len(pd.read_csv(tmp_path / "scan.csv")) == 4 and (tmp_path / "scan.png").exists()
+
+
+def test_list_and_info(call):
+    status, out, _ = call("list", "sn_*b0")
+    assert status == 0 and "sn_efficientnet_b0" in out and "5,246,532" in out
+    assert [m["name"] for m in json.loads(call("list", "--variant", "gn", "--json")[1])][:1] == ["gn_efficientnet_b0"]
+    assert json.loads(call("info", "bn_efficientnet_b0", "--json")[1])["batch_independent"] is False
+    assert "No model matches" in call("list", "xyz*")[1]
+
+
+def test_info_agc_prints_every_variable_with_axes_and_factor(call):
+    rows = json.loads(call("info", "nf_test_efficientnet", "--agc", "--factor", "0.02", "--json")[1])
+    by_name = {row["variable"]: row for row in rows}
+    assert by_name["stage2_block1_conv2/kernel"]["axes"] == [0, 1]
+    assert by_name["head/kernel"] == {"variable": "head/kernel", "shape": [64, 10], "axes": None, "factor": None}
+    assert by_name["stem_conv1/kernel"]["factor"] == 0.02
+    assert "not clipped" in call("info", "nf_test_efficientnet", "--agc")[1]
+
+
+def test_data_writes_arrays(call, tmp_path):
+    status, out, _ = call("data", "fake", "--to", tmp_path / "fake.npz")
+    assert status == 0 and "--data" in out
+    resolved = call("train", "sn_test_ffnn", "--data", tmp_path / "fake.npz", "--dry-run")[1]
+    assert json.loads(resolved)["recipe"]["data"]["name"].endswith("fake.npz")
+
+
+def test_dry_run_resolves_and_writes_nothing(call, tmp_path):
+    status, out, _ = call(
+        "train", "bn_efficientnet_b0", "--recipe", "poster", "--lr", "0.01", "--seed", "67", "--set", "agc=0.02",
+        "--build", "stem=small", "--out", tmp_path / "run", "--dry-run",
+    )  # fmt: skip
+    resolved = json.loads(out)
+    assert status == 0 and not (tmp_path / "run").exists()
+    assert resolved["recipe"]["optimizer"]["learning_rate"] == 0.01 and resolved["recipe"]["seed"] == 67
+    assert resolved["recipe"]["agc"]["clip_factor"] == 0.02
+    assert resolved["build"] == {
+        "padding": "symmetric", "dropout_rate": 0.2, "epsilon": 1e-5, "momentum": 0.9, "init": "poster",
+        "stem": "small",
+    }  # fmt: skip
+    scan = json.loads(call("scan", "bn_test_ffnn", "--dry-run", "--out", tmp_path / "scan")[1])
+    assert scan["trials"] == 9 and not (tmp_path / "scan").exists()
+
+
+@pytest.mark.parametrize("command", ["", "train", "eval", "spp", "scan", "export", "list", "info", "data"])
+def test_help(command, call):
+    status, out, _ = call(*command.split(), "--help")
+    assert status == 0 and "Usage" in out
+
+
+MISTAKES = {
+    "unknown model": (["train", "sn_efficientnet_b00"], "sn_efficientnet_b0"),
+    "inadmissible variant": (["train", "eun_efficientnet_b0"], "none, bn, gn, sn, nf"),
+    "wrong keyword": (["train", "sn_test_ffnn", "--build", "momentun=0.9"], "momentun"),
+    "unknown recipe": (["train", "sn_test_ffnn", "--recipe", "nfnet"], "poster, demo"),
+    "unknown setting": (["train", "sn_test_ffnn", "--set", "optimizer.lr=1"], "learning_rate"),
+    "not a setting": (["train", "sn_test_ffnn", "--set", "epochs"], "KEY=VALUE"),
+    "missing data": (["train", "sn_test_ffnn", "--data", "no_such_set"], "digits, fake"),
+    "missing file": (["train", "sn_test_ffnn", "--data", "none.npz"], "nfzoo data"),
+    "learning rates": (["scan", "sn_test_ffnn", "--lr", "0.1;0.2"], "0.1;0.2"),
+    "not a run": (["eval", "."], "options.json"),
+    "not a run to export": (["export", ".", "--to", "x"], "options.json"),
+    "no log": (["spp", ".", "--to", "x.png"], "spp.jsonl"),
+    "input too small": (["train", "sn_efficientnet_b0", "--data", "fake", "--set", "data.image_size=16"], "32x32"),
+    "no such place": (["train", "sn_test_ffnn", "--data", "fake", "--out", "/proc/no/place"], "/proc/no"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_a_status(mistake, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = MISTAKES[mistake]
+    status, _, err = call(*arguments)
+    assert status == 1 and err.startswith("error: ") and expected in err
+    assert len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_divergence_is_said_and_is_a_status(call, tmp_path):
+    settings = [*TINY, "--set", "optimizer.name=sgd", "--set", "agc=none", "--lr", "1e9"]
+    status, out, err = call("train", "none_test_ffnn", *settings, "--out", tmp_path / "run")
+    assert status == 1 and "not finite" in err and '"status": "diverged"' in out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "diverged"
+
+
+def test_ctrl_c_ends_cleanly_and_the_same_command_resumes(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "nfzoo.cli", "train", "sn_test_ffnn", *TINY, "--epochs", "4000", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((out / "checkpoints").glob("model-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "resumes" in err
+    options = json.loads((out / "options.json").read_text())
+    epoch = max(int(p.stem.split("-")[1]) for p in (out / "checkpoints").glob("model-*.keras"))
+    options["recipe"]["epochs"] = epoch + 1
+    pathlib.Path(out / "options.json").write_text(json.dumps(options))
+    again = _run("train", "sn_test_ffnn", *TINY, "--epochs", epoch + 1, "--out", out)
+    assert again.returncode == 0 and f"after epoch {epoch}" in again.stdout

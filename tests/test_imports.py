@@ -1,0 +1,201 @@
+"""Who may import whom, how long an import takes, and what works without TensorFlow."""
+
+import ast
+import pathlib
+import pkgutil
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+import nfzoo
+
+ROOT = pathlib.Path(nfzoo.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def _imports(path):
+    """Names a file imports at any depth -> whether at the top level."""
+    found = {}
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            found[name] = found.get(name, False) or node in tree.body
+    return found
+
+
+def _users(package):
+    return {str(path.relative_to(ROOT)) for path in FILES for name in _imports(path) if name.split(".")[0] == package}
+
+
+def test_frameworks_stay_in_their_files():
+    assert _users("tensorflow") <= {"backend/tensorflow.py"}
+    assert _users("tensorflow_datasets") <= {"data.py"}
+    assert _users("jax") <= {"backend/jax.py", "engine.py"}
+    assert _users("matplotlib") == {"plots.py"}
+    assert _users("keras_tuner") == {"tune.py"}
+
+
+@pytest.mark.parametrize("name", ["numerics.py", "recipes.py", "models/sites.py", "plots.py", "models/efficientnet.py"])
+def test_tables_and_numbers_need_no_keras(name):
+    assert "keras" not in {n.split(".")[0] for n in _imports(ROOT / name)}
+
+
+ALLOWED = {
+    "numerics.py": set(),
+    "models/sites.py": set(),
+    "recipes.py": set(),
+    "plots.py": set(),
+    "layers.py": {"numerics"},
+    "agc.py": set(),
+    "variants.py": {"numerics", "layers", "models.sites"},
+    "models/efficientnet.py": {"numerics", "models.sites"},
+    "models/ffnn.py": {"models.sites"},
+    "trainer.py": {"agc", "layers", "backend"},
+    "backend/tensorflow.py": set(),
+    "backend/jax.py": set(),
+    "spp.py": {"agc", "backend"},
+    "data.py": {"recipes"},
+    "weights.py": {"callbacks"},
+    "callbacks.py": set(),
+    "registry.py": {"models", "models.efficientnet", "models.ffnn", "models.sites", "variants", "trainer", "weights"},
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_who_may_import_whom(name):
+    ours = set()
+    for imported in _imports(ROOT / name):
+        if imported.startswith("nfzoo."):
+            inner = imported.removeprefix("nfzoo.")
+            while inner and not (
+                (ROOT / (inner.replace(".", "/") + ".py")).exists() or (ROOT / inner.replace(".", "/")).is_dir()
+            ):
+                inner = inner.rpartition(".")[0]
+            ours.add(inner)
+    assert ours - {""} <= ALLOWED[name]
+
+
+@pytest.mark.parametrize("module", [m.name for m in pkgutil.walk_packages([str(ROOT)], "nfzoo.")])
+def test_every_module_can_be_imported_first(module, fresh_process):
+    if module.endswith((".jax", ".tensorflow")):
+        pytest.skip("imported by nfzoo.backend under its own framework")
+    fresh_process(f"import {module}, json; print(json.dumps(1))")
+
+
+def test_importing_nfzoo_imports_neither_keras_nor_tensorflow(fresh_process):
+    code = """
+import json, sys
+import nfzoo, nfzoo.recipes
+nfzoo.list_models(), nfzoo.model_info("bn_efficientnet_b0")
+print(json.dumps(sorted(sys.modules)))
+"""
+    assert not {"keras", "tensorflow", "jax", "matplotlib"} & set(fresh_process(code))
+
+
+def test_nfzoo_adds_little_to_the_import_of_keras(fresh_process):
+    code = """
+import json, time, keras
+began = time.perf_counter()
+import nfzoo
+nfzoo.NFModel
+print(json.dumps(time.perf_counter() - began))
+"""
+    assert statistics.median(fresh_process(code) for _ in range(3)) < 0.5
+
+
+def test_list_answers_quickly():
+    def seconds():
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "nfzoo.cli", "list"], check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(3)) < 1.5
+
+
+_WITHOUT_TENSORFLOW = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorflow", "tensorflow_datasets"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_everything_but_tensorflow_datasets_works_on_jax_without_tensorflow(tmp_path, fresh_process):
+    """Import, build, train with AGC, probe, resume, scan, evaluate; tfds says what to do instead."""
+    code = (
+        _WITHOUT_TENSORFLOW
+        + """
+import json, warnings
+warnings.simplefilter("ignore")
+from rich.console import Console
+import nfzoo
+from nfzoo import data, engine, recipes, spp, tune
+recipe = recipes.override(recipes.get("demo"), {"data.name": "fake", "epochs": 2, "batch_size": 64, "data.limit": 128})
+quiet = Console(quiet=True)
+out = sys.argv[1]
+metrics = engine.run("nf_test_efficientnet", recipe, out + "/run", console=quiet)
+log = spp.read(out + "/run")
+scan = tune.scan(["sn_test_ffnn"], [0.1, 0.01], recipe, out + "/scan", seeds=[0], console=quiet)
+try:
+    data.load(recipes.Data(name="cifar100"))
+except ImportError as error:
+    advice = str(error)
+print(json.dumps([metrics["status"], sorted(log.kind.unique()), log.step.unique().tolist(), len(scan), advice,
+                  engine.evaluate(out + "/run")["images"], "tensorflow" in sys.modules]))
+"""
+    )
+    status, kinds, steps, trials, advice, images, loaded = fresh_process(code, tmp_path, KERAS_BACKEND="jax")
+    assert (status, steps, trials, images, loaded) == ("complete", [0, 2, 4], 2, 64, False)
+    assert kinds == ["activation", "effective_weight", "gradient", "weight", "weight_gradient"]
+    assert "nfzoo data" in advice and ".npz" in advice
+
+
+_MEASURE = """
+import json, sys, os
+import numpy as np
+import keras
+keras.config.set_floatx("float64")
+keras.config.set_dtype_policy("float64")
+import nfzoo
+name = sys.argv[1]
+model = nfzoo.build(name, dropout_rate=0.0)
+rng = np.random.default_rng(0)
+for v in model.weights:
+    std = np.sqrt(1 / np.prod(v.shape[:-1]))
+    v.assign(rng.uniform(0.5, 1.5, v.shape) if len(v.shape) < 2 else std * rng.standard_normal(v.shape))
+x, y = rng.standard_normal((8, 32, 32, 3)), np.arange(8) % 10
+loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+rows = nfzoo.spp.snapshot(model, x, y, loss, taps="layers")
+model.compile(keras.optimizers.SGD(1.0), loss, agc=nfzoo.AGC(0.02, log_clipped=True))
+logs = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history
+sums = {v.path: [float(np.sum(np.array(v))), float(np.sum(np.square(np.array(v))))] for v in model.weights}
+print(json.dumps([rows.to_dict("list"), logs, sums]))
+"""
+
+
+@pytest.mark.parametrize("name", ["nf_test_efficientnet", "bn_test_efficientnet"])
+def test_tensorflow_and_jax_agree_in_float64(name, fresh_process):
+    """The same statistics, the same gradients at taps and weights, and the same clipped training steps."""
+    rows, logs, sums = fresh_process(_MEASURE, name, KERAS_BACKEND="tensorflow")
+    rows2, logs2, sums2 = fresh_process(_MEASURE, name, KERAS_BACKEND="jax", JAX_ENABLE_X64="1")
+    assert rows["layer"] == rows2["layer"] and rows["kind"] == rows2["kind"]
+    for stat in ("acsm", "acv", "second_moment"):
+        assert rows2[stat] == pytest.approx(rows[stat], rel=1e-4, abs=1e-15)
+    assert 0 < logs["agc_clipped"][0] < 1
+    assert logs2["agc_clipped"] == pytest.approx(logs["agc_clipped"], abs=1e-6)
+    assert logs2["loss"] == pytest.approx(logs["loss"], rel=1e-6)
+    for path, value in sums.items():
+        assert sums2[path] == pytest.approx(value, rel=1e-5, abs=1e-8), path

@@ -1,0 +1,102 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import nfzoo
+from nfzoo import weights
+
+
+@pytest.fixture
+def model():
+    model = nfzoo.build("bn_test_efficientnet")
+    rng = np.random.default_rng(0)
+    for variable in model.weights:
+        variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+    return model
+
+
+def _same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a.get_weights(), b.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".keras", ".weights.h5"])
+def test_round_trip(model, tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".safetensors":
+        weights.save(model, path)
+    elif suffix == ".keras":
+        model.save(path)
+    else:
+        model.save_weights(path)
+    assert _same(nfzoo.build("bn_test_efficientnet", weights=path), model)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_of_another_architecture_are_listed_and_nothing_is_written(model, tmp_path):
+    path = weights.save(model, tmp_path / "bn.safetensors")
+    target = nfzoo.build("nf_test_efficientnet")
+    before = target.get_weights()
+    with pytest.raises(ValueError, match=r"without .*gain.*with unknown .*norm2/gamma") as error:
+        weights.load(target, path)
+    assert "more" in str(error.value)
+    assert all(np.array_equal(a, b) for a, b in zip(before, target.get_weights(), strict=True))
+
+
+def test_shapes_are_listed(model, tmp_path):
+    path = weights.save(model, tmp_path / "bn.safetensors")
+    with pytest.raises(ValueError, match=r"head/kernel \(64, 10\) for \(64, 7\)"):
+        nfzoo.build("bn_test_efficientnet", classes=7, weights=path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".keras", ".weights.h5"])
+def test_truncated_files(model, tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    {".safetensors": weights.save, ".keras": lambda m, p: m.save(p), ".weights.h5": lambda m, p: m.save_weights(p)}[
+        suffix
+    ](model, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="Received: .*model"):
+        nfzoo.build("bn_test_efficientnet", weights=path)
+
+
+def test_pickles_are_not_read(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was executed",))
+
+    for name in ("model.pkl", "model.pth", "model.safetensors"):
+        (tmp_path / name).write_bytes(pickle.dumps(Evil()))
+        with pytest.raises(ValueError, match="Pickles|damaged"):
+            nfzoo.build("bn_test_efficientnet", weights=tmp_path / name)
+
+
+def test_tags_are_looked_up_and_verified(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("NFZOO_HOME", str(tmp_path))
+    path = weights.save(model, tmp_path / "bn.safetensors")
+    entry = {"weights": "bn.safetensors", "sha256": weights.sha256(path)}
+    (tmp_path / "manifest.json").write_text(json.dumps({"bn_test_efficientnet.noise": entry}))
+    assert _same(nfzoo.build("bn_test_efficientnet", weights="noise"), model)
+    with pytest.raises(FileNotFoundError, match="'imagenet'.*Tags of bn_test_efficientnet: noise"):
+        nfzoo.build("bn_test_efficientnet", weights="imagenet")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="sha256"):
+        nfzoo.build("bn_test_efficientnet", weights="noise")
+
+
+def test_only_safetensors_are_written(model, tmp_path):
+    with pytest.raises(ValueError, match=r"\.safetensors"):
+        weights.save(model, tmp_path / "x.h5")
+
+
+def test_a_plain_keras_model_can_be_saved_too(tmp_path):
+    image = keras.Input((4,))
+    plain = keras.Model(image, keras.layers.Dense(2, name="dense")(image))
+    path = weights.save(plain, tmp_path / "plain.safetensors")
+    before = plain.get_weights()
+    plain.set_weights([w * 0 for w in before])
+    weights.load(plain, path)
+    assert np.array_equal(plain.get_weights()[0], before[0])
