@@ -59,7 +59,7 @@ def _overrides(items: list[str] | None) -> dict:
 
 
 @contextlib.contextmanager
-def _quiet_start():
+def quiet_start():
     """Import Keras and wake its backend without the start-up notes that TensorFlow writes past every setting."""
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     sys.stderr.flush()
@@ -128,7 +128,7 @@ def info(
         console.print(view)
         return
     registry.parse(model)
-    with _quiet_start():
+    with quiet_start():
         from nfzoo.agc import AGC
 
     net = registry.build(model, **overrides)
@@ -174,7 +174,7 @@ def train(
     from nfzoo import registry
 
     registry.parse(model)
-    with _quiet_start():
+    with quiet_start():
         from nfzoo import engine
 
     out = out or pathlib.Path("runs") / f"{model}-{resolved.seed}"
@@ -197,7 +197,7 @@ def train(
 @app.command("eval")
 def eval_(run: Run, data: Source = None, data_dir: DataDir = None) -> None:
     """Evaluate the model of a run on its test images, or on other data of the same classes."""
-    with _quiet_start():
+    with quiet_start():
         from nfzoo import engine
 
     console.print_json(data=engine.evaluate(run, data, data_dir))
@@ -221,7 +221,7 @@ def spp(
     for source in sources:
         if not pathlib.Path(source).is_dir():
             registry.parse(source)
-    with _quiet_start():
+    with quiet_start():
         from nfzoo.spp import read
 
     logs = {}
@@ -274,7 +274,7 @@ def scan(
 
     for model in models:
         registry.parse(model)
-    with _quiet_start():
+    with quiet_start():
         from nfzoo import engine
     for model in models:
         registry.resolve(model, engine.options(model, resolved, overrides)["build"])
@@ -309,7 +309,7 @@ def export(
     format: Annotated[str, typer.Option(help="saved_model")] = "saved_model",
 ) -> None:
     """Export the model of a run; the artefact is reloaded in a fresh process and compared first."""
-    with _quiet_start():
+    with quiet_start():
         from nfzoo.export import export
 
     entry = export(run, to, format)
@@ -328,7 +328,7 @@ def data(
     image_size: Annotated[int | None, typer.Option(help="resize to squares of this many pixels")] = None,
 ) -> None:
     """Write a data set as plain arrays, for machines without TensorFlow."""
-    with _quiet_start():
+    with quiet_start():
         from nfzoo import data as data_module
     from nfzoo import recipes
 

@@ -49,7 +49,8 @@ def depth_profile(axes: Axes, log: pd.DataFrame, kind: str, place: str, stat: st
         axes.set_axis_off()
         return
     layers = rows.sort_values("depth").layer.unique()
-    position = {layer: i for i, layer in enumerate(layers)}
+    first = 1 if place == "branch" else 0  # block 0 is the stem, which has no branch
+    position = {layer: i for i, layer in enumerate(layers, first)}
     steps = sorted(rows.step.unique())
     shown = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(most, len(steps)))})]
     for step in shown:
@@ -61,7 +62,7 @@ def depth_profile(axes: Axes, log: pd.DataFrame, kind: str, place: str, stat: st
         values = line[stat].where(np.isfinite(line[stat]) & (line[stat] > 0))
         axes.plot(line.layer.map(position), values, "o-", color=colour, label=label, markersize=3, linewidth=1.2)
     for end in _stage_ends(layers):
-        axes.axvline(end, color="0.85", linewidth=0.8, zorder=0)
+        axes.axvline(end + first, color="0.85", linewidth=0.8, zorder=0)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -84,7 +85,7 @@ def signal_propagation(logs: Mapping[str, pd.DataFrame], panels: Sequence[str] =
         text, kind, place, stat = PANELS[panel]
         for axes, log in zip(row, logs.values(), strict=True):
             depth_profile(axes, log, kind, place, stat)
-            axes.set_xlabel("block" if place == "branch" else "block (0: stem)", fontsize=8)
+            axes.set_xlabel("block (0: stem)", fontsize=8)
             axes.tick_params(labelsize=8)
         row[0].set_ylabel(text, fontsize=9)
         # Right after batch normalization a mean is zero but for rounding; do not stretch the axis to show that.

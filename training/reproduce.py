@@ -16,7 +16,10 @@ from experiments import TABLES, Row
 from rich.console import Console
 from rich.table import Table
 
-from nfzoo import engine, recipes
+from nfzoo.cli import quiet_start
+
+with quiet_start():
+    from nfzoo import engine, recipes
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 KEY = ["row", "model", "build", "fingerprint", "seed"]
@@ -40,6 +43,21 @@ def line(row: Row, seed: int, recipe: recipes.Recipe, metrics: dict, folder: pat
         "date": datetime.date.today().isoformat(), "commit": options["commit"], "machine": options["machine"],
         "versions": json.dumps(options["versions"]),
     }  # fmt: skip
+
+
+def markdown(table: str, results: pd.DataFrame) -> str:
+    """The table as README shows it: test accuracy in percent, mean ± std over seeds."""
+    lines = ["| model | test accuracy % | seeds | expected % | images/s |", "| --- | --- | --- | --- | --- |"]
+    for row in TABLES[table]:
+        got = results[results.row == row.name]
+        if len(got):
+            accuracy = 100 * got.test_accuracy
+            spread = f" ± {accuracy.std():.1f}" if len(got) > 1 else ""
+            expected = "" if row.expected is None else f"{row.expected} ± {row.tolerance}"
+            speed = f"{got.images_per_second.mean():.0f}"
+            seeds = ", ".join(map(str, got.seed))
+            lines.append(f"| {row.name} | {accuracy.mean():.1f}{spread} | {seeds} | {expected} | {speed} |")
+    return "\n".join(lines)
 
 
 def report(table: str, results: pd.DataFrame, console: Console) -> None:
@@ -66,6 +84,7 @@ def main(
     runs: Annotated[pathlib.Path, typer.Option(help="where the runs go")] = pathlib.Path("runs/experiments"),
     seeds: Annotated[str | None, typer.Option(help="only these, separated by commas; default: the row's")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is missing and stop")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the CSV and stop")] = False,
 ) -> None:
     """Reproduce one table of training/experiments.py."""
     console = Console()
@@ -74,6 +93,9 @@ def main(
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{table}.csv"
     results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+    if as_markdown:
+        print(markdown(table, results))
+        return
     chosen = None if seeds is None else [int(seed) for seed in seeds.split(",")]
     for row in TABLES[table]:
         for seed in chosen or row.seeds:
