@@ -24,7 +24,7 @@ RECORDED = ("fingerprint", "commit", "machine", "versions")
 
 
 def main(out: pathlib.Path = pathlib.Path("runs/demo"), epochs: int = recipes.get("demo").epochs) -> None:
-    """Train three networks on scikit-learn's real digits with AGC and signal propagation; write plots and a SavedModel."""
+    """Train three networks on real digits with AGC and signal propagation; write plots and a SavedModel."""
     console = Console()
     recipe = recipes.override(recipes.get("demo"), {"epochs": epochs})
     rows = []
