@@ -1,6 +1,7 @@
 """Export a trained model; every artefact is reloaded by its own runtime in a fresh process and compared first."""
 
 import hashlib
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -46,6 +47,8 @@ def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved
     """
     if format not in FORMATS:
         raise ValueError(f"Expected a format among {', '.join(FORMATS)}. Received: {format!r}")
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError("Expected TensorFlow, which writes and reloads a SavedModel. Received: no such package")
     to = pathlib.Path(to)
     if to.exists():
         raise FileExistsError(

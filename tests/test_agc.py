@@ -145,7 +145,7 @@ def _step(policy="float32", agc_config=None, optimizer=None, name="nf_test_effic
     """One SGD step at rate 1: the change of the weights is the (clipped) gradient."""
     keras.config.set_dtype_policy(policy)
     keras.utils.set_random_seed(0)
-    model = nfzoo.build(name, dropout_rate=0.0, skip_gain=0.3)
+    model = nfzoo.build(name, dropout_rate=0.0, skip_gain=0.3, repeats=(1, 1, 2))
     x = np.random.default_rng(0).standard_normal((8, 32, 32, 3)).astype("float32")
     y = np.arange(8) % 10
     before = {v.path: np.array(v.numpy()) for v in model.trainable_variables}

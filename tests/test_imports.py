@@ -86,9 +86,8 @@ def test_who_may_import_whom(name):
 
 @pytest.mark.parametrize("module", [m.name for m in pkgutil.walk_packages([str(ROOT)], "nfzoo.")])
 def test_every_module_can_be_imported_first(module, fresh_process):
-    if module.endswith((".jax", ".tensorflow")):
-        pytest.skip("imported by nfzoo.backend under its own framework")
-    fresh_process(f"import {module}, json; print(json.dumps(1))")
+    backend = module.rpartition(".")[2] if module.startswith("nfzoo.backend.") else "tensorflow"
+    fresh_process(f"import {module}, json; print(json.dumps(1))", KERAS_BACKEND=backend)
 
 
 def test_importing_nfzoo_imports_neither_keras_nor_tensorflow(fresh_process):
@@ -140,6 +139,8 @@ def test_everything_but_tensorflow_datasets_works_on_jax_without_tensorflow(tmp_
         + """
 import json, warnings
 warnings.simplefilter("ignore")
+import keras
+import numpy as np
 from rich.console import Console
 import nfzoo
 from nfzoo import data, engine, recipes, spp, tune
@@ -153,11 +154,28 @@ try:
     data.load(recipes.Data(name="cifar100"))
 except ImportError as error:
     advice = str(error)
-print(json.dumps([metrics["status"], sorted(log.kind.unique()), log.step.unique().tolist(), len(scan), advice,
-                  engine.evaluate(out + "/run")["images"], "tensorflow" in sys.modules]))
+keras.utils.set_random_seed(0)
+images = data.load(recipe.data)
+x, y = data.Batches(images.train, 16, images.mean, images.std)[0]
+weights = []
+for probed in (False, True):
+    keras.utils.set_random_seed(0)
+    model = nfzoo.build("nf_test_efficientnet", classes=4, dropout_rate=0.5)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, agc=nfzoo.AGC(0.1))
+    probe = nfzoo.SignalPropagation(x, y, every=1)
+    model.fit(x, y, batch_size=4, verbose=0, shuffle=False, callbacks=[probe] if probed else [])
+    weights.append([np.asarray(w) for w in model.get_weights()])
+untouched = all((a == b).all() for a, b in zip(*weights)) and probe.table().step.nunique() == 5
+print(json.dumps([
+    untouched, metrics["status"], sorted(log.kind.unique()), log.step.unique().tolist(), len(scan), advice,
+    engine.evaluate(out + "/run")["images"], "tensorflow" in sys.modules,
+]))
 """
     )
-    status, kinds, steps, trials, advice, images, loaded = fresh_process(code, tmp_path, KERAS_BACKEND="jax")
+    result = fresh_process(code, tmp_path, KERAS_BACKEND="jax")
+    untouched, status, kinds, steps, trials, advice, images, loaded = result
+    assert untouched  # probing between the steps of an epoch, where JAX keeps the state out of the model
     assert (status, steps, trials, images, loaded) == ("complete", [0, 2, 4], 2, 64, False)
     assert kinds == ["activation", "effective_weight", "gradient", "weight", "weight_gradient"]
     assert "nfzoo data" in advice and ".npz" in advice

@@ -1,0 +1,62 @@
+"""What the README shows runs, and its tables are those of the committed results."""
+
+import pathlib
+import re
+import shlex
+import sys
+
+import pandas as pd
+import pytest
+
+from nfzoo import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "training"))
+
+
+@pytest.mark.parametrize("table", ["poster_table1", "first_look"])
+def test_tables_are_those_of_the_results(table):
+    import reproduce
+
+    results = pd.read_csv(ROOT / "training" / "results" / f"{table}.csv")
+    assert reproduce.markdown(table, results) in README
+
+
+def test_demo_table_is_that_of_the_results():
+    for row in pd.read_csv(ROOT / "training" / "results" / "demo.csv").itertuples():
+        line = f"| {row.model} | {row.test_accuracy:.1%} | {row.test_loss:.3f} | {row.agc_clipped:.1%} |"
+        assert line in README
+
+
+def test_pictures_and_links_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("nfzoo ")])
+def test_commands_of_the_readme_are_accepted(command, monkeypatch, capsys, tmp_path):
+    """Those that train or scan resolve in a dry run; those that need a trained run at least say so."""
+    words = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    if words[1] in ("train", "scan"):
+        words.append("--dry-run")
+    if words[1] == "data":
+        words = ["nfzoo", "data", "--help"]
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        cli.main()
+    except SystemExit as stop:
+        missing = "Expected the folder of a run" in capsys.readouterr().err
+        assert not stop.code or (missing and words[1] in ("eval", "export")) or words[1] == "spp"
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_runs(fresh_process, tmp_path):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))
+    shown = f"import os; os.chdir({str(tmp_path)!r})\n{code}\nimport json; print(json.dumps(len(table)))"
+    assert fresh_process(shown) > 100
+    assert (tmp_path / "runs" / "first" / "spp.png").exists()
