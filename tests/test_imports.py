@@ -211,7 +211,8 @@ def test_tensorflow_and_jax_agree_in_float64(name, fresh_process):
     rows2, logs2, sums2 = fresh_process(_MEASURE, name, KERAS_BACKEND="jax", JAX_ENABLE_X64="1")
     assert rows["layer"] == rows2["layer"] and rows["kind"] == rows2["kind"]
     for stat in ("acsm", "acv", "second_moment"):
-        assert rows2[stat] == pytest.approx(rows[stat], rel=1e-4, abs=1e-15)
+        # Keras' mean rounds to float32 on JAX even here, so that a mean that must be zero is 1e-7 of its terms.
+        assert rows2[stat] == pytest.approx(rows[stat], rel=1e-4, abs=1e-12)
     assert 0 < logs["agc_clipped"][0] < 1
     assert logs2["agc_clipped"] == pytest.approx(logs["agc_clipped"], abs=1e-6)
     assert logs2["loss"] == pytest.approx(logs["loss"], rel=1e-6)
