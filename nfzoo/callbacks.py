@@ -1,8 +1,6 @@
 """Keras callbacks of a run: show progress, stop at a loss that is not finite, keep checkpoints that survive a kill."""
 
 import csv
-import hashlib
-import io
 import json
 import math
 import pathlib
@@ -12,21 +10,7 @@ import keras
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it: a reader sees the old content or the new, never half."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sha256(path: pathlib.Path) -> str:
-    """Digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from nfzoo.files import atomic, sha256
 
 
 class ShowProgress(keras.callbacks.Callback):
@@ -125,18 +109,14 @@ class Checkpoints(keras.callbacks.Callback):
             return
         seconds = round(time.perf_counter() - self.began, 3)
         self.history.append({"epoch": epoch + 1, **{k: float(v) for k, v in logs.items()}, "seconds": seconds})
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"model-{epoch + 1}.keras"
-        partial = self.folder / f"partial-{epoch + 1}.keras"
-        try:
+        with atomic(path) as partial:
             self.model.save(partial)
             digest = sha256(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
         random = [keras.ops.convert_to_numpy(v).tolist() for v in random_states(self.model)]
         description = {"epoch": epoch + 1, "sha256": digest, "history": self.history, "random": random}
-        write_atomically(path.with_suffix(".json"), json.dumps(description))
+        with atomic(path.with_suffix(".json")) as partial:
+            partial.write_text(json.dumps(description))
         write_history(self.folder.parent / "history.csv", self.history)
         for old in pairs(self.folder)[2:]:
             old.with_suffix(".json").unlink(missing_ok=True)
@@ -171,8 +151,7 @@ def latest(folder: pathlib.Path, warn) -> tuple[pathlib.Path, dict] | None:
 
 def write_history(path: pathlib.Path, rows: list[dict]) -> None:
     """Write the history of a run as CSV, one row per epoch."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    with atomic(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
+from nfzoo.files import atomic
 from nfzoo.recipes import Augment, Data
 
 MAX_BYTES = 8 * 2**30
@@ -153,14 +154,8 @@ def save(data: Data, path: str | pathlib.Path) -> pathlib.Path:
         raise ValueError(f"Expected a path that ends with .npz. Received: {path}")
     train, test, classes = _read(data)
     arrays = {f"{k}_{f}": getattr(s, f) for k, s in (("train", train), ("test", test)) for f in ("images", "labels")}
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **arrays, classes=np.array(classes))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic(path) as partial:
+        np.savez_compressed(partial, **arrays, classes=np.array(classes))
     return path
 
 

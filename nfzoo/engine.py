@@ -24,6 +24,7 @@ from rich.console import Console
 import nfzoo
 from nfzoo import callbacks, data, recipes, registry, spp
 from nfzoo.agc import AGC
+from nfzoo.files import atomic
 
 PROBE_SIZE = 128
 
@@ -178,8 +179,7 @@ def _result(out: pathlib.Path, resolved: dict) -> dict | None:
 def _record(out: pathlib.Path, resolved: dict) -> None:
     """Write what this run is, once data and model are there: a mistake in their names leaves no folder behind."""
     if not (out / "options.json").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        callbacks.write_atomically(out / "options.json", json.dumps({**resolved, **environment()}, indent=1))
+        _write_json(out / "options.json", {**resolved, **environment()})
 
 
 @contextlib.contextmanager
@@ -240,12 +240,17 @@ def _finish(out: pathlib.Path, net: keras.Model, metrics: dict, keep_model: bool
     checkpoints = callbacks.pairs(out / "checkpoints")
     if keep_model and checkpoints:
         checkpoints[0].replace(out / "model.keras")
-    callbacks.write_atomically(out / "metrics.json", json.dumps(metrics, indent=1))
+    _write_json(out / "metrics.json", metrics)
     if metrics["status"] == "complete":
         for path in (out / "checkpoints").glob("model-*"):
             path.unlink()
         with contextlib.suppress(OSError):
             (out / "checkpoints").rmdir()
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(content, indent=1))
 
 
 def read_options(folder: str | pathlib.Path) -> dict:

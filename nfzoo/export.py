@@ -11,7 +11,8 @@ import tempfile
 
 import numpy as np
 
-from nfzoo import callbacks, data, engine, recipes
+from nfzoo import data, engine, recipes
+from nfzoo.files import atomic, sha256
 
 FORMATS = ("saved_model",)
 TOLERANCE = 1e-4
@@ -108,10 +109,11 @@ def folder_sha256(folder: pathlib.Path) -> str:
     """Digest of a folder: of the sorted relative paths and the digests of their files."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{callbacks.sha256(path)}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
 def _register(manifest: pathlib.Path, name: str, entry: dict) -> None:
     entries = json.loads(manifest.read_text()) if manifest.exists() else {}
-    callbacks.write_atomically(manifest, json.dumps({**entries, name: entry}, indent=1, sort_keys=True) + "\n")
+    with atomic(manifest) as partial:
+        partial.write_text(json.dumps({**entries, name: entry}, indent=1, sort_keys=True) + "\n")

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nfzoo.files import atomic
+
 # Rows of a depth profile: title, kind of record, place, statistic.
 PANELS: dict[str, tuple[str, str, str, str]] = {
     "mean": ("average channel\nsquared mean", "activation", "block", "acsm"),
@@ -24,15 +26,9 @@ _COLOURS = matplotlib.colormaps["viridis"]
 
 def save(figure: Figure, path: str | pathlib.Path) -> pathlib.Path:
     """Write a figure as PNG (or what the ending says), whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
+    with atomic(path) as partial:
         figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return pathlib.Path(path)
 
 
 def _stage_ends(layers: Sequence[str]) -> list[float]:

@@ -27,6 +27,7 @@ from keras import ops
 
 from nfzoo import agc
 from nfzoo.backend import signals, sync
+from nfzoo.files import atomic
 
 KINDS = ("activation", "weight", "effective_weight", "gradient", "weight_gradient")
 WHAT = ("activations", "weights", "gradients")
@@ -237,9 +238,8 @@ class SignalLog:
         """Drop the records of steps after `step`, for a run that resumes there."""
         kept = [r for r in self.read() if r.get("step", 0) <= step]
         if self.path.exists():
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            partial.replace(self.path)
+            with atomic(self.path) as partial:
+                partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read(path: str | pathlib.Path) -> pd.DataFrame:

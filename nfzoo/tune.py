@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nfzoo import engine, recipes
+from nfzoo.files import atomic
 
 
 class Scan(keras_tuner.GridSearch):
@@ -101,9 +102,8 @@ def scan(
                 kept = ("status", "test_accuracy", "val_accuracy", "epochs", "seconds")
                 rows.append({"model": model, "learning_rate": rate, "seed": seed, **{k: metrics.get(k) for k in kept}})
     results = pd.DataFrame(rows)
-    partial = out / "scan.csv.partial"
-    results.to_csv(partial, index=False)
-    partial.replace(out / "scan.csv")
+    with atomic(out / "scan.csv") as partial:
+        results.to_csv(partial, index=False)
     return results
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from nfzoo.callbacks import sha256
+from nfzoo.files import atomic, sha256
 
 _LISTED = 6
 
@@ -34,12 +34,8 @@ def save(model: keras.Model, path: str | pathlib.Path) -> pathlib.Path:
     if path.suffix != ".safetensors":
         raise ValueError(f"Expected a path that ends with .safetensors. Received: {path}")
     tensors = {v.path: np.ascontiguousarray(keras.ops.convert_to_numpy(v)) for v in model.weights}
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with atomic(path) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata={"model": model.name, "format": "nfzoo"})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

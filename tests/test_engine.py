@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, console):
     save = keras.Model.save
 
     def full(self, path, **kwargs):
-        if "partial-2" in str(path):
+        if "partial-model-2" in str(path):
             pathlib.Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save(self, path, **kwargs)

@@ -6,6 +6,7 @@ import pytest
 
 import nfzoo
 from nfzoo import weights
+from nfzoo.files import sha256
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_pickles_are_not_read(tmp_path):
 def test_tags_are_looked_up_and_verified(model, tmp_path, monkeypatch):
     monkeypatch.setenv("NFZOO_HOME", str(tmp_path))
     path = weights.save(model, tmp_path / "bn.safetensors")
-    entry = {"weights": "bn.safetensors", "sha256": weights.sha256(path)}
+    entry = {"weights": "bn.safetensors", "sha256": sha256(path)}
     (tmp_path / "manifest.json").write_text(json.dumps({"bn_test_efficientnet.noise": entry}))
     assert _same(nfzoo.build("bn_test_efficientnet", weights="noise"), model)
     with pytest.raises(FileNotFoundError, match="'imagenet'.*Tags of bn_test_efficientnet: noise"):

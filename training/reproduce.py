@@ -20,6 +20,7 @@ from nfzoo.cli import quiet_start
 
 with quiet_start():
     from nfzoo import engine, recipes
+    from nfzoo.files import atomic
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 KEY = ["row", "model", "build", "fingerprint", "seed"]
@@ -90,7 +91,6 @@ def main(
     console = Console()
     if table not in TABLES:
         raise typer.BadParameter(f"Expected one of {', '.join(TABLES)}. Received: {table!r}")
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{table}.csv"
     results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
     if as_markdown:
@@ -112,9 +112,8 @@ def main(
             metrics = engine.run(row.model, recipe, folder, overrides=row.build, console=console)
             new = pd.DataFrame([line(row, seed, recipe, metrics, folder)])
             results = pd.concat([results, new]) if len(results) else new
-            partial = path.with_suffix(".partial")
-            results.to_csv(partial, index=False)
-            partial.replace(path)
+            with atomic(path) as partial:
+                results.to_csv(partial, index=False)
     report(table, results, console)
 
 
