@@ -121,6 +121,8 @@ class Probe:
             raise ValueError(f'Expected definition "channel" or "poster". Received: {definition!r}')
         if unknown := set(what) - set(WHAT):
             raise ValueError(f"Expected what to be among {WHAT}. Received: {sorted(unknown)}")
+        if not hasattr(model, "operations"):
+            raise ValueError(f"Expected a functional Keras model. Received: {type(model).__name__}")
         self.what, self.definition = set(what), definition
         self.names = select_taps(model, taps)
         self.kernels = _kernels(model)

@@ -174,6 +174,15 @@ def test_bad_options(options, match, images):
         spp.snapshot(nfzoo.build("sn_test_efficientnet"), images[0], **options)
 
 
+def test_subclassed_models_are_refused():
+    class Own(keras.Model):
+        def call(self, x):
+            return x
+
+    with pytest.raises(ValueError, match="functional.*Own"):
+        spp.snapshot(Own(), np.zeros((1, 2), "float32"), taps="layers")
+
+
 def test_bad_schedule():
     with pytest.raises(ValueError, match="every=0"):
         nfzoo.SignalPropagation(np.zeros((1, 2)), every=0)

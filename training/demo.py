@@ -34,7 +34,14 @@ def main(out: pathlib.Path = pathlib.Path("runs/demo"), epochs: int = recipes.ge
         metrics = engine.run(model, recipe, out / model, console=console)
         clipped = f"{metrics['agc_clipped']:.1%}"
         speed = f"{metrics['images_per_second']:.0f}"
-        rows.append({"model": model, "seed": recipe.seed, **metrics, **{k: engine.read_options(out / model)[k] for k in RECORDED}})
+        rows.append(
+            {
+                "model": model,
+                "seed": recipe.seed,
+                **metrics,
+                **{k: engine.read_options(out / model)[k] for k in RECORDED},
+            }
+        )
         view.add_row(model, f"{metrics['test_accuracy']:.1%}", f"{metrics['test_loss']:.3f}", clipped, speed)
     signals = plots.signal_propagation({model: spp.read(out / model) for model in MODELS})
     histories = plots.histories({model: pd.read_csv(out / model / "history.csv") for model in MODELS})

@@ -25,7 +25,6 @@ class Spec:
     width: int = 512
     size: int = 32
     dropout_rate: float = 0.0
-    drop_path_rate: float = 0.0
     activation: str = "relu"
     classes: int = 100
     head_scheme: str = "hidden"
