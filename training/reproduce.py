@@ -48,16 +48,15 @@ def line(row: Row, seed: int, recipe: recipes.Recipe, metrics: dict, folder: pat
 
 def markdown(table: str, results: pd.DataFrame) -> str:
     """The table as README shows it: test accuracy in percent, mean ± std over seeds."""
-    lines = ["| model | test accuracy % | seeds | expected % | images/s |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| model | test accuracy % | seeds | expected % |", "| --- | --- | --- | --- |"]
     for row in TABLES[table]:
         got = results[results.row == row.name]
         if len(got):
             accuracy = 100 * got.test_accuracy
             spread = f" ± {accuracy.std():.1f}" if len(got) > 1 else ""
             expected = "" if row.expected is None else f"{row.expected} ± {row.tolerance}"
-            speed = f"{got.images_per_second.mean():.0f}"
             seeds = ", ".join(map(str, got.seed))
-            lines.append(f"| {row.name} | {accuracy.mean():.1f}{spread} | {seeds} | {expected} | {speed} |")
+            lines.append(f"| {row.name} | {accuracy.mean():.1f}{spread} | {seeds} | {expected} |")
     return "\n".join(lines)
 
 
