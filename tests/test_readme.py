@@ -34,10 +34,17 @@ def test_pictures_and_links_exist():
         assert (ROOT / target).exists(), target
 
 
-COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()]
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+LINES = [line for language, block in FENCES if not language for line in block.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("nfzoo ")]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("nfzoo ")])
+def test_every_command_is_shown():
+    shown = {shlex.split(command)[1] for command in COMMANDS}
+    assert shown == {"list", "info", "train", "eval", "spp", "scan", "export", "data"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_readme_are_accepted(command, monkeypatch, capsys, tmp_path):
     """Those that train or scan resolve in a dry run; those that need a trained run at least say so."""
     words = shlex.split(command)
@@ -56,7 +63,7 @@ def test_commands_of_the_readme_are_accepted(command, monkeypatch, capsys, tmp_p
 
 @pytest.mark.slow
 def test_python_of_the_readme_runs(fresh_process, tmp_path):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))
+    code = "\n".join(block for language, block in FENCES if language == "python")
     shown = f"import os; os.chdir({str(tmp_path)!r})\n{code}\nimport json; print(json.dumps(len(table)))"
     assert fresh_process(shown) > 100
     assert (tmp_path / "runs" / "first" / "spp.png").exists()
