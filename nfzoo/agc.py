@@ -105,18 +105,22 @@ def unit_axes(model: keras.Model, exclude: Iterable[str] = (), vector_units: str
         ValueError: for a pattern that matches nothing, or a variable whose units the table does not tell.
     """
     owner, result = owners(model), {}
-    unused = set(exclude)
+    # A frozen variable is not clipped, but a pattern may name it.
+    unused = {p for p in exclude if not any(_matches(p, v.path) for v in model.weights)}
     for variable in model.trainable_variables:
-        hits = {p for p in exclude if re.search(rf"(?:^|/)(?:{p})$", variable.path)}
-        unused -= hits
+        hits = any(_matches(p, variable.path) for p in exclude)
         result[variable.path] = None if hits else _axes(owner[variable.path], variable, vector_units)
     if unused:
         raise ValueError(
-            f"Expected each exclude pattern of AGC to match a trainable variable. Received: {sorted(unused)}, which "
-            f"match none. The paths end with {[v.path for v in model.trainable_variables][-3:]}; pass exclude=() to "
+            f"Expected each exclude pattern of AGC to match a variable. Received: {sorted(unused)}, which "
+            f"match none. The paths end with {[v.path for v in model.weights][-3:]}; pass exclude=() to "
             "clip everything."
         )
     return result
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return re.search(rf"(?:^|/)(?:{pattern})$", path) is not None
 
 
 def _axes(layer: keras.Layer, variable: keras.Variable, vector_units: str) -> Axes:

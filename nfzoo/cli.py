@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 app = typer.Typer(
@@ -189,8 +190,8 @@ def train(
     if metrics["status"] == "diverged":
         raise RuntimeError(
             f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on; the "
-            f"run is marked as diverged, its last good checkpoint is in {out / 'checkpoints'}. Try a smaller --lr or "
-            "--set agc=0.01."
+            f"run is marked as diverged, checkpoints of earlier epochs, if any, are in {out / 'checkpoints'}. Try a "
+            "smaller --lr or --set agc=0.01."
         )
 
 
@@ -227,7 +228,8 @@ def spp(
     logs = {}
     for source in sources:
         if pathlib.Path(source).is_dir():
-            logs[pathlib.Path(source).name] = read(source)
+            name = pathlib.Path(source).name
+            logs[source if name in logs else name] = read(source)
         else:
             logs[source] = _at_initialisation(source, data, data_dir, taps, seed, _overrides(build))
     console.print(f"wrote {plots.save(plots.signal_propagation(logs), to)}", soft_wrap=True)
@@ -349,7 +351,7 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("NFZOO_DEBUG"):
             raise
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

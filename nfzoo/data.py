@@ -93,8 +93,15 @@ def _read(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def _constants(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    sample = images[:: max(1, len(images) // 10_000)] / 255.0
-    return tuple(sample.mean((0, 1, 2)).tolist()), tuple((sample.std((0, 1, 2)) + 1e-8).tolist())
+    # In chunks: the whole set as float64 would take eight times its memory.
+    total = square = 0.0
+    for start in range(0, len(images), 256):
+        chunk = images[start : start + 256] / 255.0
+        total, square = total + chunk.sum((0, 1, 2)), square + (chunk**2).sum((0, 1, 2))
+    n = images[..., 0].size
+    mean = total / n
+    std = np.sqrt(np.maximum(square / n - mean**2, 0)) + 1e-8
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _digits(size: int) -> tuple[Split, Split, tuple[str, ...]]:
@@ -144,6 +151,8 @@ def _npz(path: pathlib.Path) -> tuple[Split, Split, tuple[str, ...]]:
                 f"Expected uint8 images (n, height, width, 3) and n labels. Received: {path} with "
                 f"{split.images.dtype} {split.images.shape} and {len(split.labels)} labels"
             )
+        if len(split) and not 0 <= split.labels.min() <= split.labels.max() < len(arrays["classes"]):
+            raise ValueError(f"Expected labels of {len(arrays['classes'])} classes. Received: {path} with others")
     return train, test, tuple(map(str, arrays["classes"]))
 
 

@@ -27,6 +27,10 @@ from nfzoo.agc import AGC
 from nfzoo.files import atomic
 
 PROBE_SIZE = 128
+# Arguments of `nfzoo.build` that follow from the data, or from training on logits.
+DECIDED_BY_THE_RUN = {
+    "classes", "input_shape", "input_tensor", "include_top", "features_only", "classifier_activation", "name",
+}  # fmt: skip
 
 
 def options(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -> dict:
@@ -35,9 +39,12 @@ def options(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -
     for pattern, fields in recipe.build.items():
         if fnmatch(model, pattern):
             build |= fields
+    build |= overrides or {}
+    if decided := sorted(build.keys() & DECIDED_BY_THE_RUN):
+        raise ValueError(f"Expected overrides of the network. Received: {', '.join(decided)}, which the run decides")
     return {
         "model": model,
-        "build": build | (overrides or {}),
+        "build": build,
         "recipe": recipe.model_dump(mode="json"),
         "fingerprint": recipes.fingerprint(recipe),
     }
@@ -123,7 +130,9 @@ def run(
         images = data.load(recipe.data, recipe.seed)
         restored = _restore(out, console)
         net, epoch, history = restored or (_new_model(resolved, images, recipe), 0, [])
-        _record(out, resolved)
+        if taps:
+            spp.select_taps(net, taps)
+        _record(out, resolved, images)
         batches = data.pipeline(images, recipe)
         guard = callbacks.StopOnNaN()
         progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), console)
@@ -147,7 +156,7 @@ def run(
         finally:
             progress.close()
         metrics = _metrics(net, batches["test"], guard, history, time.perf_counter() - began, len(images.train))
-    _finish(out, net, metrics, keep_model and not guard.diverged)
+    _finish(out, metrics, keep_model and metrics["status"] == "complete")
     return metrics
 
 
@@ -176,10 +185,11 @@ def _result(out: pathlib.Path, resolved: dict) -> dict | None:
     return None
 
 
-def _record(out: pathlib.Path, resolved: dict) -> None:
+def _record(out: pathlib.Path, resolved: dict, images: data.Images) -> None:
     """Write what this run is, once data and model are there: a mistake in their names leaves no folder behind."""
     if not (out / "options.json").exists():
-        _write_json(out / "options.json", {**resolved, **environment()})
+        constants = {"mean": list(images.mean), "std": list(images.std), "classes": list(images.classes)}
+        _write_json(out / "options.json", {**resolved, "images": constants, **environment()})
 
 
 @contextlib.contextmanager
@@ -222,8 +232,9 @@ def _new_model(resolved: dict, images: data.Images, recipe: recipes.Recipe) -> k
 def _metrics(net, test, guard: callbacks.StopOnNaN, history: list[dict], seconds: float, examples: int) -> dict:
     result = net.evaluate(test, verbose=0, return_dict=True)
     last = history[-1] if history else {}
+    diverged = guard.diverged or not math.isfinite(result["loss"])
     metrics = {
-        "status": "diverged" if guard.diverged else "complete",
+        "status": "diverged" if diverged else "complete",
         "diverged_at_step": guard.step,
         "epochs": len(history),
         "seconds": round(sum(row["seconds"] for row in history) or seconds, 1),
@@ -235,7 +246,7 @@ def _metrics(net, test, guard: callbacks.StopOnNaN, history: list[dict], seconds
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
 
 
-def _finish(out: pathlib.Path, net: keras.Model, metrics: dict, keep_model: bool) -> None:
+def _finish(out: pathlib.Path, metrics: dict, keep_model: bool) -> None:
     """Write the result last: where metrics.json is, the run is over."""
     checkpoints = callbacks.pairs(out / "checkpoints")
     if keep_model and checkpoints:
@@ -262,7 +273,14 @@ def read_options(folder: str | pathlib.Path) -> dict:
     path = pathlib.Path(folder) / "options.json"
     if not path.exists():
         raise FileNotFoundError(f"Expected the folder of a run (with options.json). Received: {folder}")
-    return json.loads(path.read_text())
+    return _read_json(path)
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"Expected a JSON file. Received: {path}, which is damaged: {error}") from None
 
 
 def read_metrics(folder: str | pathlib.Path) -> dict:
@@ -274,7 +292,7 @@ def read_metrics(folder: str | pathlib.Path) -> dict:
     path = pathlib.Path(folder) / "metrics.json"
     if not path.exists():
         raise FileNotFoundError(f"Expected a finished run (with metrics.json). Received: {folder}")
-    return json.loads(path.read_text())
+    return _read_json(path)
 
 
 def load_run(folder: str | pathlib.Path) -> keras.Model:
@@ -294,12 +312,16 @@ def load_run(folder: str | pathlib.Path) -> keras.Model:
 
 def evaluate(folder: str | pathlib.Path, source: str | None = None, data_dir: str | None = None) -> dict:
     """Evaluate a run's model on its test split, or on that of another data set of the same classes."""
-    recipe = recipes.Recipe.model_validate(read_options(folder)["recipe"])
+    options = read_options(folder)
+    recipe = recipes.Recipe.model_validate(options["recipe"])
     changes = {"data.name": source, "data.data_dir": data_dir}
     recipe = recipes.override(recipe, {k: v for k, v in changes.items() if v})
     net = load_run(folder)
     images = data.load(recipe.data, recipe.seed)
     if net.output_shape[-1] != len(images.classes):
         raise ValueError(f"Expected data of {net.output_shape[-1]} classes. Received: {len(images.classes)} classes")
-    result = net.evaluate(data.pipeline(images, recipe)["test"], verbose=0, return_dict=True)
+    # The model learned on images standardized with its own data's constants; other data must look the same to it.
+    mean, std = options["images"]["mean"], options["images"]["std"]
+    batches = data.Batches(images.test, recipe.batch_size, mean, std)
+    result = net.evaluate(batches, verbose=0, return_dict=True)
     return {"images": len(images.test), **{k: float(np.round(v, 6)) for k, v in result.items()}}

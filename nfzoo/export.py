@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,7 +54,8 @@ def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved
         raise FileExistsError(
             f"Expected a folder that does not exist yet. Received: {to}; remove it or choose another."
         )
-    options = engine.read_options(run)
+    options, metrics = engine.read_options(run), engine.read_metrics(run)
+    entries = _entries(to.parent / "manifest.json")
     recipe = recipes.Recipe.model_validate(options["recipe"])
     images = data.load(recipe.data, recipe.seed)
     x = data.Batches(images.test, examples, images.mean, images.std)[0][0]
@@ -67,8 +67,7 @@ def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved
         model.export(partial, format="tf_saved_model", verbose=False)
         difference = _verify(partial, x, model.predict(x, verbose=0), pathlib.Path(folder))
         digest = folder_sha256(partial)
-        shutil.move(partial, to)
-    metrics = engine.read_metrics(run)
+        partial.rename(to)
     entry = {
         "format": format,
         "path": to.name,
@@ -85,7 +84,8 @@ def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved
         "versions": options["versions"],
         "commit": options["commit"],
     }
-    _register(to.parent / "manifest.json", to.name, entry)
+    with atomic(to.parent / "manifest.json") as partial:
+        partial.write_text(json.dumps({**entries, to.name: entry}, indent=1, sort_keys=True) + "\n")
     return entry
 
 
@@ -113,7 +113,8 @@ def folder_sha256(folder: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def _register(manifest: pathlib.Path, name: str, entry: dict) -> None:
-    entries = json.loads(manifest.read_text()) if manifest.exists() else {}
-    with atomic(manifest) as partial:
-        partial.write_text(json.dumps({**entries, name: entry}, indent=1, sort_keys=True) + "\n")
+def _entries(manifest: pathlib.Path) -> dict:
+    try:
+        return json.loads(manifest.read_text()) if manifest.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"Expected a manifest. Received: {manifest}, which is damaged: {error}") from None

@@ -10,6 +10,7 @@ import importlib.resources
 import inspect
 import json
 import math
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -125,7 +126,7 @@ def list_models(
 
 
 def register_model(function: Callable | None = None, *, name: str | None = None, override: bool = False):
-    """Register a function that builds a model, so that `build`, the engine and the command line know it by name.
+    """Register a function that builds a model, so that `build`, `list_models` and the engine know it by name.
 
     Args:
         function: takes the keyword arguments of `build` that it understands, returns a `keras.Model`.
@@ -248,7 +249,8 @@ def build(
     parsed = parse(architecture)
     variant, spec = resolve_fields(parsed, overrides)
     classes = spec.classes if classes is None else classes
-    if not isinstance(classes, int) or classes < 1:
+    classes = operator.index(classes)  # NumPy's integers too
+    if classes < 1:
         raise ValueError(f"Expected classes >= 1 (include_top=False leaves the head out). Received: classes={classes}")
     if pooling not in ("avg", "max", None) or (include_top and pooling is None):
         raise ValueError(f'Expected pooling "avg" or "max", or None with include_top=False. Received: {pooling!r}')
@@ -279,9 +281,11 @@ def _assemble(
 
     shape = tuple(input_tensor.shape[1:]) if input_tensor is not None else tuple(input_shape or spec.input_shape)
     _check_shape(shape, spec.min_size)
-    inputs = keras.Input(shape, name="image") if input_tensor is None else input_tensor
-    x = inputs
+    x = keras.Input(shape, name="image") if input_tensor is None else input_tensor
+    inputs = x if input_tensor is None else keras.utils.get_source_inputs(input_tensor)
     if include_preprocessing:
+        if shape[-1] != 3:
+            raise ValueError(f"Expected three channels for include_preprocessing=True. Received: input_shape={shape}")
         mean, std = PREPROCESSING["mean"], PREPROCESSING["std"]
         scale, offset = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
         x = layers.Rescaling(scale, offset, name="preprocess")(x)

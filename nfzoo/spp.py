@@ -256,7 +256,10 @@ def read(path: str | pathlib.Path) -> pd.DataFrame:
         raise FileNotFoundError(
             f"Expected a signal propagation log (spp.jsonl). Received: {path}, which does not exist"
         )
-    return pd.DataFrame(SignalLog(path).read())
+    records = SignalLog(path).read()
+    if not records:
+        raise ValueError(f"Expected records of signal propagation. Received: {path}, where no line is whole")
+    return pd.DataFrame(records)
 
 
 def log_spaced(total: int, n: int = 20) -> Callable[[int], bool]:
@@ -332,7 +335,7 @@ class SignalPropagation(keras.callbacks.Callback):
         self.probe = Probe(self.model, loss=None if self.y is None else loss, **self.options)
         self.step = self.start = int(self.model.optimizer.iterations)
         if self.log is not None:
-            self.log.rewind(self.step)
+            self.log.rewind(self.step or -1)  # a start from nothing measures step 0 anew
         if self.step == 0:
             self.measure(0)
 

@@ -47,6 +47,11 @@ class NFModel(Step, keras.Model):
 
     def agc_axes(self) -> list:
         """Unit axes of the trainable variables, in their order, as decided when the model was compiled."""
+        missing = [v.path for v in self.trainable_variables if v.path not in self._agc_units]
+        if missing:
+            raise ValueError(
+                f"Expected the variables the model was compiled with. Received also: {missing}; compile again"
+            )
         return [self._agc_units[v.path] for v in self.trainable_variables]
 
     # Keras restores `compile` arguments of a subclass with its own `compile` only through this pair.

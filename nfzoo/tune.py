@@ -88,7 +88,11 @@ def scan(
         ValueError: from a trial that could not run; finished trials are kept and a second call does the missing ones.
     """
     console, out = console or Console(), pathlib.Path(out)
-    seeds = tuple(seeds or recipe.seeds)
+    models, learning_rates = list(dict.fromkeys(models)), list(dict.fromkeys(learning_rates))
+    seeds = list(dict.fromkeys(seeds or recipe.seeds))
+    for rate in learning_rates:
+        for seed in seeds:
+            recipes.override(recipe, {"optimizer.learning_rate": rate, "seed": seed})
     out.mkdir(parents=True, exist_ok=True)
     try:
         Scan(models, learning_rates, recipe, seeds, out, overrides, console).search(verbose=0)

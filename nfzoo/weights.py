@@ -53,10 +53,12 @@ def load(model: keras.Model, weights: str | pathlib.Path, name: str | None = Non
     """
     path = _find(weights, name)
     if path.name.endswith(".weights.h5"):
-        # This format has no variable paths; Keras matches layers in order and checks shapes.
+        # This format has no variable paths; Keras matches layers in order, and writes as it goes.
+        before = model.get_weights()
         try:
             model.load_weights(path)
         except Exception as error:
+            model.set_weights(before)
             raise ValueError(f"Expected weights of {model.name}. Received: {path}, which fails with: {error}") from None
         return
     source = _read(path)
