@@ -282,7 +282,8 @@ def _assemble(
     shape = tuple(input_tensor.shape[1:]) if input_tensor is not None else tuple(input_shape or spec.input_shape)
     _check_shape(shape, spec.min_size)
     x = keras.Input(shape, name="image") if input_tensor is None else input_tensor
-    inputs = x if input_tensor is None else keras.utils.get_source_inputs(input_tensor)
+    sources = [x] if input_tensor is None else keras.utils.get_source_inputs(input_tensor)
+    inputs = sources[0] if len(sources) == 1 else sources
     if include_preprocessing:
         if shape[-1] != 3:
             raise ValueError(f"Expected three channels for include_preprocessing=True. Received: input_shape={shape}")

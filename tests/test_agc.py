@@ -271,6 +271,15 @@ def test_compile_state_survives_saving(tmp_path, images):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_frozen_head_is_no_mistake_and_unfreezing_asks_for_a_compile(images):
+    model = nfzoo.build("sn_test_ffnn", size=32)
+    model.get_layer("head").trainable = False
+    model.compile("sgd", crossentropy(), agc=nfzoo.AGC())
+    model.get_layer("head").trainable = True
+    with pytest.raises(ValueError, match="head/kernel.*compile again"):
+        model.agc_axes()
+
+
 def test_frozen_layers_leave_the_rest_to_train(images):
     model = nfzoo.build("nf_test_efficientnet")
     model.get_layer("stem_conv1").trainable = False

@@ -199,6 +199,11 @@ def test_damaged_and_pickled_arrays(tmp_path):
     np.savez(path, train_images=np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="without train_labels"):
         data.load(Data(name=str(path)))
+    images, labels = np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 2])
+    arrays = {f"{s}_{k}": v for s in ("train", "test") for k, v in (("images", images), ("labels", labels))}
+    np.savez(path, **arrays, classes=np.array(["a", "b"]))
+    with pytest.raises(ValueError, match="labels of 2 classes"):
+        data.load(Data(name=str(path)))
     with pytest.raises(FileNotFoundError, match="nfzoo data"):
         data.load(Data(name=str(tmp_path / "none.npz")))
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from nfzoo import callbacks, engine, recipes, spp
+from nfzoo import callbacks, data, engine, recipes, spp
 
 MODEL = "sn_test_ffnn"
 BUILD = {"dropout_rate": 0.3}
@@ -219,6 +219,32 @@ def test_evaluate_gives_the_accuracy_of_the_run(whole):
         engine.evaluate(folder, "digits")
     with pytest.raises(FileNotFoundError, match="folder of a run"):
         engine.evaluate(folder.parent)
+
+
+def test_other_data_is_standardized_as_the_training_data(whole, tmp_path):
+    images = data.load(recipes.Data(name="fake"))
+    bright = images.train.take(images.train.labels == 3)
+    arrays = {"train_images": bright.images, "train_labels": bright.labels, "classes": np.array(images.classes)}
+    np.savez(tmp_path / "x.npz", **arrays, test_images=images.test.images, test_labels=images.test.labels)
+    again = engine.evaluate(whole[0], str(tmp_path / "x.npz"))
+    assert again["accuracy"] == pytest.approx(whole[1]["test_accuracy"], abs=1e-6)
+
+
+def test_divergence_without_validation_images(tmp_path, console):
+    recipe = _recipe(**{
+        "optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "agc": "none", "epochs": 1, "batch_size": 512,
+        "data.validation_fraction": 0,
+    })  # fmt: skip
+    metrics = engine.run("none_test_ffnn", recipe, tmp_path / "run", taps=None, console=console)
+    assert metrics["status"] == "diverged" and not (tmp_path / "run" / "model.keras").exists()
+
+
+def test_mistakes_leave_no_folder(tmp_path, console):
+    with pytest.raises(ValueError, match="nothing_"):
+        engine.run(MODEL, _recipe(), tmp_path / "run", taps="nothing_*", console=console)
+    with pytest.raises(ValueError, match="classes.*the run decides"):
+        engine.run(MODEL, _recipe(), tmp_path / "run", overrides={"classes": 5}, console=console)
+    assert not (tmp_path / "run").exists()
 
 
 def test_mixed_precision_policy_is_the_runs_alone(tmp_path, console):

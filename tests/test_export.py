@@ -49,6 +49,13 @@ def test_an_artefact_that_does_not_load_is_said(run, tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
+def test_what_cannot_be_entered_is_not_exported(run, tmp_path):
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json, which is damaged"):
+        export.export(run, tmp_path / "nf")
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
 def test_unknown_format_and_missing_run(run, tmp_path):
     with pytest.raises(ValueError, match="saved_model.*'onnx'"):
         export.export(run, tmp_path / "x", "onnx")

@@ -184,9 +184,12 @@ def test_classifier_activation_and_classes():
 def test_input_tensor_and_name():
     image = keras.Input((48, 48, 3), name="photo")
     model = nfzoo.build("sn_test_efficientnet", input_tensor=image * 2.0, include_top=False, name="backbone")
-    assert model.name == "backbone"
-    whole = keras.Model(image, model(image))
-    assert whole.output_shape == (None, 64)
+    assert model.name == "backbone" and model.output_shape == (None, 64)
+    x = np.random.default_rng(0).standard_normal((1, 48, 48, 3)).astype("float32")
+    plain = nfzoo.build("sn_test_efficientnet", include_top=False)
+    plain.set_weights(model.get_weights())
+    # The model begins at the image, not at the tensor it was built upon.
+    np.testing.assert_allclose(np.asarray(model(x)), np.asarray(plain(2 * x)), atol=1e-5)
 
 
 def test_drop_rates():
@@ -201,6 +204,7 @@ def test_drop_rates():
     ("arguments", "match"),
     [
         ({"classes": 0}, "classes=0"),
+        ({"include_preprocessing": True, "input_shape": (32, 32, 4)}, "three channels"),
         ({"input_shape": (4, 4, 3)}, r"at least 8x8.*\(4, 4, 3\)"),
         ({"input_shape": (32, 32)}, r"\(height, width, channels\)"),
         ({"pooling": "median"}, "'median'"),

@@ -218,6 +218,20 @@ def test_rewind_keeps_what_came_before(tmp_path):
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [0, 1, 2, 3]
 
 
+def test_a_second_start_from_nothing_does_not_repeat_step_0(images, tmp_path):
+    for _ in range(2):
+        model = nfzoo.build("sn_test_ffnn", size=32)
+        model.compile("sgd", crossentropy())
+        model.fit(*images, verbose=0, callbacks=[nfzoo.SignalPropagation(*images, log_dir=tmp_path)])
+    assert not spp.read(tmp_path).duplicated(["step", "kind", "layer"]).any()
+
+
+def test_a_log_without_a_whole_line(tmp_path):
+    (tmp_path / "spp.jsonl").write_text('{"step": 0, "ki')
+    with pytest.raises(ValueError, match="no line is whole"):
+        spp.read(tmp_path)
+
+
 def test_missing_log():
     with pytest.raises(FileNotFoundError, match="spp.jsonl"):
         spp.read("no/such/folder")

@@ -83,6 +83,12 @@ def test_a_trial_that_cannot_run_stops_the_scan_with_its_own_words(tmp_path, con
         tune.scan(["bn_test_ffnn"], [0.1], recipe, tmp_path, console=console)
 
 
+def test_impossible_rates_are_refused_before_anything_is_made(tmp_path, console):
+    with pytest.raises(ValueError, match="learning_rate"):
+        tune.scan(["bn_test_ffnn"], [0.1, -1], RECIPE, tmp_path / "scan", console=console)
+    assert not (tmp_path / "scan").exists()
+
+
 def test_table_and_picture(scanned, tmp_path, console):
     _, results, _ = scanned
     console.print(tune.table(results))

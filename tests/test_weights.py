@@ -45,6 +45,14 @@ def test_weights_of_another_architecture_are_listed_and_nothing_is_written(model
     assert all(np.array_equal(a, b) for a, b in zip(before, target.get_weights(), strict=True))
 
 
+def test_keras_weights_that_do_not_fit_leave_the_model_as_it_was(model, tmp_path):
+    nfzoo.build("none_test_efficientnet").save_weights(tmp_path / "none.weights.h5")
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"none\.weights\.h5"):
+        weights.load(model, tmp_path / "none.weights.h5")
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+
 def test_shapes_are_listed(model, tmp_path):
     path = weights.save(model, tmp_path / "bn.safetensors")
     with pytest.raises(ValueError, match=r"head/kernel \(64, 10\) for \(64, 7\)"):
