@@ -186,7 +186,7 @@ def test_input_tensor_and_name():
     model = nfzoo.build("sn_test_efficientnet", input_tensor=image * 2.0, include_top=False, name="backbone")
     assert model.name == "backbone" and model.output_shape == (None, 64)
     x = np.random.default_rng(0).standard_normal((1, 48, 48, 3)).astype("float32")
-    plain = nfzoo.build("sn_test_efficientnet", include_top=False)
+    plain = nfzoo.build("sn_test_efficientnet", include_top=False, input_shape=(48, 48, 3))
     plain.set_weights(model.get_weights())
     # The model begins at the image, not at the tensor it was built upon.
     np.testing.assert_allclose(np.asarray(model(x)), np.asarray(plain(2 * x)), atol=1e-5)
