@@ -31,7 +31,7 @@ GAMMA: dict[str, float] = {
     "softplus": 1.9203323125839233,
     "tanh": 1.5939117670059204,
 }
-ALIASES = {"swish": "silu", "identity": "linear", "soft_sign": "softsign"}
+ALIASES = {"swish": "silu", "gelu_tanh": "gelu", "identity": "linear", "soft_sign": "softsign"}
 
 
 def gamma(activation: str) -> float:
@@ -124,15 +124,78 @@ def init_std(scheme: str, receptive: int, inputs: int, outputs: int, groups: int
     return math.sqrt(variances[scheme])
 
 
-def round_channels(channels: float, divisor: int = 8) -> int:
-    """Round a scaled width to a multiple of `divisor`, never more than 10 % down (EfficientNet, MobileNet rule).
+def fixup_factor(blocks: int, convs: int) -> float:
+    """Factor L^(-1 / (2 m - 2)) of the initial weights in a branch of m layers, for L residual blocks.
+
+    Example:
+        >>> round(fixup_factor(54, 2), 6), fixup_factor(16, 3)  # ResNet-110 for CIFAR, ResNet-50
+        (0.136083, 0.5)
+
+    References: Fixup (arXiv 1901.09321), section 3, rule 2.
+    """
+    return blocks ** (-1 / (2 * convs - 2))
+
+
+def rescale_weights(block: int, blocks: int) -> tuple[float, float]:
+    """RescaleNet's weights of skip and branch for the 0-based block j of L: sqrt((L - 1 + j) / (L + j)), L^(-1/2).
+
+    The branch's own weights are shrunk by `rescale_factor` per convolution, so that the squares of both effective
+    weights sum to 1. (The published code; the paper counts j from 1.)
+
+    Example:
+        >>> [round(w, 6) for w in rescale_weights(15, 16)]
+        [0.983739, 0.25]
+    """
+    return math.sqrt((blocks - 1 + block) / (blocks + block)), blocks**-0.5
+
+
+def rescale_factor(block: int, blocks: int, convs: int) -> float:
+    """Factor (L / (L + j))^(1 / (2 m)) of the initial weights of each of the m convolutions in block j of L.
+
+    Example:
+        >>> round(rescale_factor(15, 16, 3), 6)
+        0.895625
+    """
+    return (blocks / (blocks + block)) ** (1 / (2 * convs))
+
+
+def drop_path_rates(rate: float, blocks: int, rule: str) -> list[float]:
+    """Rates of stochastic depth per block, growing linearly with depth from 0.
+
+    "timm" reaches `rate` at the last block; "keras" and "deepmind" divide by the number of blocks and stay below.
+
+    Example:
+        >>> drop_path_rates(0.2, 2, "timm"), drop_path_rates(0.2, 2, "deepmind")
+        ([0.0, 0.2], [0.0, 0.1])
+    """
+    if rule not in ("timm", "keras", "deepmind"):
+        raise ValueError(f'Expected drop_path_rule to be "timm", "keras" or "deepmind". Received: {rule!r}')
+    last = max(1, blocks - 1) if rule == "timm" else blocks
+    return [rate * number / last for number in range(blocks)]
+
+
+def eca_kernel(channels: int) -> int:
+    """Kernel size of efficient channel attention: the odd number at or above |log2(C) + 1| / 2, at least 3.
+
+    Example:
+        >>> [eca_kernel(c) for c in (256, 1536, 2048)]
+        [5, 5, 7]
+
+    References: Wang et al. 2020 (arXiv 1910.03151), equation 12.
+    """
+    size = int(abs(math.log2(channels) + 1) / 2)
+    return max(size if size % 2 else size + 1, 3)
+
+
+def round_channels(channels: float, divisor: int = 8, limit: float = 0.9) -> int:
+    """Round a width to a multiple of `divisor`, never below `limit` of it (EfficientNet, MobileNet rule).
 
     Example:
         >>> [round_channels(c * 1.2) for c in (16, 24, 40)]
         [24, 32, 48]
     """
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return rounded if rounded >= 0.9 * channels else rounded + divisor
+    return rounded if rounded >= limit * channels else rounded + divisor
 
 
 def round_repeats(repeats: Iterable[int], depth: float) -> tuple[int, ...]:

@@ -18,20 +18,23 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from nfzoo.models import efficientnet, ffnn
+from nfzoo.models import efficientnet, ffnn, nfnet, regnet, resnet
 
-FAMILIES: dict[str, ModuleType] = {"efficientnet": efficientnet, "ffnn": ffnn}
+FAMILIES: dict[str, ModuleType] = {
+    "efficientnet": efficientnet, "resnet": resnet, "nfnet": nfnet, "regnet": regnet, "ffnn": ffnn,
+}  # fmt: skip
 PREPROCESSING = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet, of x / 255
 _USER_MODELS: dict[str, Callable] = {}
 
 
 @dataclass(frozen=True)
 class Name:
-    """A parsed model name."""
+    """A parsed model name; `overrides` are what a foreign name implies beyond variant and row."""
 
     variant: str
     row: str
     family: str
+    overrides: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.variant}_{self.row}"
@@ -43,12 +46,13 @@ class Name:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What `model_info` tells of a model; multiply-adds at the given input size."""
+    """What `model_info` tells of a model; multiply-adds at the input size, `test_size` is the paper's for evaluation."""
 
     name: str
     family: str
     variant: str
     input_size: int
+    test_size: int
     classes: int
     parameters: int
     trainable_parameters: int
@@ -69,9 +73,37 @@ def names() -> dict[str, Name]:
     return table
 
 
-def aliases() -> dict[str, str]:
-    """Names that other libraries use, e.g. "efficientnet_b0", to ours."""
-    return {row: f"bn_{row}" for row in efficientnet.SPECS if not row.startswith("test_")}
+@cache
+def aliases() -> dict[str, Name]:
+    """Names that other libraries use to ours, with the overrides that they imply."""
+    table = {}
+
+    def add(alias, variant, row, **overrides):
+        table[alias] = replace(names()[f"{variant}_{row}"], overrides=tuple(overrides.items()))
+
+    for row in efficientnet.SPECS:
+        if row.startswith("efficientnet_"):
+            add(row, "bn", row)
+            add(f"tf_{row}", "bn", row, dialect="keras")
+            add(f"EfficientNet{row[-2:].upper()}", "bn", row, dialect="keras")
+    for row in resnet.SPECS:
+        if not row.startswith("test_"):
+            add(row, "bn", row)
+    for depth in (50, 101, 152):
+        add(f"ResNet{depth}", "bn", f"resnet{depth}", dialect="keras")
+        add(f"ResNet{depth}V2", "bn", f"resnetv2_{depth}", dialect="keras")
+    add("resnet50_gn", "gn", "resnet50")
+    for row in ("resnet50", "resnet101", "resnet110_cifar"):
+        add(row.replace("res", "eun"), "eun", row)
+    # timm computes DeepMind's checkpoints with its own epsilon and the exact GELU.
+    timm_dm = {"dialect": "timm", "padding": "same", "gamma_in": "activation", "skip_gain": 0.0, "last_gain": 1.0}
+    for row in nfnet.SPECS:
+        add(row, "nf", row)
+        if row.startswith("nfnet_f"):
+            add(f"dm_{row}", "nf", row, **timm_dm)
+        if row.endswith("plus"):
+            add(row.replace("plus", "+"), "nf", row)
+    return table
 
 
 def parse(name: str) -> Name:
@@ -84,9 +116,10 @@ def parse(name: str) -> Name:
         >>> parse("sn_efficientnet_b0")
         Name(variant='sn', row='efficientnet_b0', family='efficientnet')
     """
-    name = aliases().get(name, name)
     if name in names():
         return names()[name]
+    if name in aliases():
+        return aliases()[name]
     for module in FAMILIES.values():
         for row in module.SPECS:
             if name.endswith(f"_{row}") and re.fullmatch(r"[a-z]+", name.removesuffix(f"_{row}")):
@@ -157,27 +190,37 @@ def register_model(function: Callable | None = None, *, name: str | None = None,
 
 
 def resolve_fields(name: Name, overrides: dict) -> tuple[Any, Any]:
-    """Split overrides into those of the variant and those of the spec; return both, replaced."""
+    """Resolve variant and spec: their defaults, then what dialect and variant imply, then the overrides."""
     from nfzoo.variants import VARIANTS
 
-    variant, spec = VARIANTS[name.variant](), name.spec
-    of_variant, of_spec = ({f.name for f in fields(x)} for x in (variant, spec))
+    module, kind, spec = FAMILIES[name.family], VARIANTS[name.variant], name.spec
+    overrides = dict(name.overrides) | overrides
+    of_variant, of_spec = ({f.name for f in fields(x)} for x in (kind, spec))
     unknown = sorted(overrides.keys() - of_variant - of_spec)
     if unknown:
         raise TypeError(
             f"build({str(name)!r}) got unexpected keyword(s) {', '.join(unknown)}. Overrides of the variant: "
             f"{', '.join(sorted(of_variant))}; of the architecture: {', '.join(sorted(of_spec))}."
         )
-    variant = replace(variant, **{k: v for k, v in overrides.items() if k in of_variant})
-    # A field of both (activation) is the variant's to decide.
-    return variant, replace(spec, **{k: v for k, v in overrides.items() if k in of_spec - of_variant})
+    if overrides.get("dialect", module.DIALECTS[0]) not in module.DIALECTS:
+        raise ValueError(
+            f"Expected a dialect of {name.row}: {', '.join(module.DIALECTS)}. Received: {overrides['dialect']!r}"
+        )
+    given = {k: v for k, v in overrides.items() if k in of_spec}
+    implied = module.conventions(replace(spec, **given), name.variant)
+    dialect = implied.get("dialect") or given.get("dialect") or spec.dialect
+    implied = kind.conventions(dialect) | implied
+    spec = replace(spec, **{k: v for k, v in (implied | given).items() if k in of_spec})
+    of_both = implied | overrides
+    variant = kind(**{k: v for k, v in of_both.items() if k in of_variant})
+    # A field of both (activation) is the variant's to decide, and the architecture's to fill in.
+    return variant if variant.activation else replace(variant, activation=spec.activation), spec
 
 
 def resolve(name: str, overrides: dict) -> None:
     """Check a name and the overrides of `build` without building; raise as `build` would."""
     if name not in _USER_MODELS:
-        accepted = set(inspect.signature(build).parameters) - {"architecture", "overrides"}
-        resolve_fields(parse(name), {k: v for k, v in overrides.items() if k not in accepted})
+        resolve_fields(parse(name), {k: v for k, v in overrides.items() if k not in ARGUMENTS})
 
 
 def _check_shape(shape, minimum: int) -> None:
@@ -228,7 +271,8 @@ def build(
         features_only: return the last map of each stride as {"P1": …, "P5": …}, strides 2 to 32.
         name: of the Keras model; default: the architecture's.
         **overrides: fields of the variant (`magnitude_preserving`, `alpha`, `activation`, `epsilon`, `init`, …) or of
-            the architecture (`padding`, `width`, `depth`, …).
+            the architecture (`padding`, `width`, `depth`, …); `dialect="deepmind"`, "timm" or "keras" takes the reading of
+            that implementation where they disagree.
 
     Returns:
         An `NFModel`, a functional `keras.Model`. Input (batch, height, width, channels), output (batch, classes).
@@ -268,6 +312,9 @@ def build(
     return model
 
 
+ARGUMENTS = set(inspect.signature(build).parameters) - {"architecture", "overrides"}
+
+
 def _assemble(
     module, spec, variant, *, classes, include_top, pooling, input_shape, input_tensor, classifier_activation,
     include_preprocessing, features_only, name,
@@ -295,11 +342,12 @@ def _assemble(
         if not pyramid:
             raise ValueError("Expected a family with feature maps for features_only=True. Received: a plain network.")
         return NFModel(inputs, pyramid, name=name)
+    x = variant.leave(x, Site("top", role="top"))
     if pooling and len(x.shape) == 4:
         pool = layers.GlobalAveragePooling2D if pooling == "avg" else layers.GlobalMaxPooling2D
         x = pool(name="top_pool")(x)
     if include_top:
-        x = variant.drop(x, spec.dropout_rate, Site("top"))
+        x = variant.drop(x, spec.dropout_rate, Site("top", role="top"))
         x = variant.head(x, classes, classifier_activation, spec.head_scheme)
     return NFModel(inputs, x, name=name)
 
@@ -320,10 +368,15 @@ def multiply_adds(model: Any) -> int:
 
 def measure(name: str, **overrides) -> dict:
     """Build a model and count it: the part of `ModelInfo` that a spec does not tell."""
-    model = build(name, **overrides)
-    from nfzoo.variants import VARIANTS
+    import keras
 
-    independent = VARIANTS[parse(name).variant].batch_independent if name not in _USER_MODELS else None
+    # Counting needs shapes only: within a stateless scope the variables are never drawn.
+    with keras.StatelessScope():
+        model = build(name, **overrides)
+    independent = None
+    if name not in _USER_MODELS:
+        fields_given = {k: v for k, v in overrides.items() if k not in ARGUMENTS}
+        independent = resolve_fields(parse(name), fields_given)[0].batch_independent
     trainable = sum(math.prod(v.shape) for v in model.trainable_variables)
     return {
         "parameters": model.count_params(),
@@ -353,11 +406,13 @@ def model_info(name: str, **overrides) -> ModelInfo:
     if name in _USER_MODELS:
         model = build(name, **overrides)
         counts = {**measure(name, **overrides)}
-        return ModelInfo(name, "user", "user", model.input_shape[1], model.output_shape[-1], **counts, paper="")
+        return ModelInfo(name, "user", "user", *model.input_shape[1:2] * 2, model.output_shape[-1], **counts, paper="")
     parsed = parse(name)
-    counts = measure(str(parsed), **overrides) if overrides else _manifest()[str(parsed)]
+    anew = overrides or parsed.overrides
+    counts = measure(name, **overrides) if anew else _manifest()[str(parsed)]
     spec = parsed.spec
     size = overrides.get("input_shape", spec.input_shape)[0]
     classes = overrides.get("classes", spec.classes)
     paper = FAMILIES[parsed.family].PAPER
-    return ModelInfo(str(parsed), parsed.family, parsed.variant, size, classes, **counts, paper=paper)
+    test_size = spec.test_size or spec.size
+    return ModelInfo(str(parsed), parsed.family, parsed.variant, size, test_size, classes, **counts, paper=paper)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import keras
 
 from nfzoo import agc as clipping
 from nfzoo import layers  # noqa: F401 - registers them
 from nfzoo.backend import Step
+
+# Keras walks the graph of a model recursively, one frame per layer: the CIFAR ResNet of 1202 layers is deeper than
+# Python's default of 1000 allows, when it is built and when it is loaded.
+sys.setrecursionlimit(max(sys.getrecursionlimit(), 20_000))
 
 
 @keras.saving.register_keras_serializable(package="nfzoo")

@@ -1,19 +1,20 @@
 """What differs between Keras backends: one training step with AGC, and the signals of one probe.
 
-Each module exports `Step` (a mixin for `keras.Model` with `train_step`), `signals(...)` and `sync(model)`, which brings
-the variables of a model up to date in the middle of `fit`; the active one is chosen here, once.
+Each module exports `Step` (a mixin for `keras.Model` with `train_step`), `conv(...)` (grouped convolution), `signals(...)`
+and `sync(model)`, which brings the variables of a model up to date in the middle of `fit`; the active one is chosen
+here, once.
 """
 
 import keras
 
 if keras.config.backend() == "tensorflow":
-    from nfzoo.backend.tensorflow import Step, signals, sync
+    from nfzoo.backend.tensorflow import Step, conv, signals, sync
 elif keras.config.backend() == "jax":
-    from nfzoo.backend.jax import Step, signals, sync
+    from nfzoo.backend.jax import Step, conv, signals, sync
 else:
     raise ImportError(
         f"nfzoo runs on the Keras backends tensorflow and jax. Received: {keras.config.backend()!r}. "
         "Set the environment variable KERAS_BACKEND to one of them before importing keras."
     )
 
-__all__ = ["Step", "signals", "sync"]
+__all__ = ["Step", "conv", "signals", "sync"]

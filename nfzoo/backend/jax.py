@@ -83,3 +83,8 @@ def signals(model: keras.Model, taps: list[str], compute_loss, reduce):
         return run(x, y, [v.value for v in view.trainable_variables], [v.value for v in view.non_trainable_variables])
 
     return call
+
+
+def conv(x, kernel, strides, padding: str, dilation_rate=1):
+    """2D convolution, channels last; see `nfzoo.backend.tensorflow.conv`."""
+    return keras.ops.conv(x, kernel, strides, padding, dilation_rate=dilation_rate)

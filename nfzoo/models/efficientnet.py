@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from nfzoo import numerics
 from nfzoo.models.sites import Site, block_sites
 
-ADMITS = ("none", "bn", "gn", "sn", "nf")
+ADMITS = ("none", "bn", "gn", "sn", "nf", "fixup", "skipinit", "rescale", "eun")
+DIALECTS = ("keras", "timm")
 PAPER = "https://arxiv.org/abs/1905.11946"
 
 
@@ -20,7 +21,8 @@ class Spec:
 
     Attributes:
         width, depth: multipliers of channels and of blocks per stage.
-        size: default input height and width, pixels.
+        size: default input height and width, pixels; test_size: for evaluation, None for the same.
+        dialect: "keras" (TensorFlow's padding, epsilon 1e-3) or "timm" (symmetric padding, epsilon 1e-5).
         dropout_rate: before the classifier. drop_path_rate: of the last block, growing linearly with depth.
         padding: "same" (TensorFlow, Keras) or "symmetric" (PyTorch).
         stem: "imagenet" has stride 2, "small" stride 1 for 32x32 images.
@@ -34,6 +36,8 @@ class Spec:
     depth: float = 1.0
     size: int = 224
     dropout_rate: float = 0.2
+    dialect: str | None = "keras"
+    test_size: int | None = None
     drop_path_rate: float = 0.0
     activation: str = "silu"
     padding: str = "same"
@@ -65,6 +69,11 @@ class Spec:
     def min_size(self) -> int:
         """Smallest height and width whose every stride still has a pixel to halve."""
         return self.stem_stride * math.prod(self.strides)
+
+
+def conventions(spec: Spec, variant: str) -> dict:
+    """Fields of spec and variant that follow from the dialect and the variant."""
+    return {"padding": "symmetric"} if spec.dialect == "timm" else {}
 
 
 @dataclass(frozen=True)
@@ -99,21 +108,21 @@ def blocks(spec: Spec) -> list[list[Block]]:
 
 def mbconv(x, block: Block, site: Site, spec: Spec, variant, drop_path_rate: float):
     """Expand, filter each channel, attend, project; add the input where the shapes allow."""
-    kind, skip = spec.activation, x
+    skip = x
     if block.skip:
         x = variant.enter(x, site)
     if block.expansion > 1:
         x = variant.conv(x, block.inputs * block.expansion, 1, site.at(1), padding=spec.padding)
-        x = variant.act(variant.norm(x, site.at(1)), kind, site.at(1))
+        x = variant.act(variant.norm(x, site.at(1)), site.at(1))
     x = variant.depthwise(x, block.kernel, site.at(2), strides=block.stride, padding=spec.padding)
-    x = variant.act(variant.norm(x, site.at(2)), kind, site.at(2))
-    x = variant.attend(x, max(1, int(block.inputs * spec.se_ratio)), kind, site)
+    x = variant.act(variant.norm(x, site.at(2)), site.at(2))
+    x = variant.squeeze_excite(x, max(1, int(block.inputs * spec.se_ratio)), None, site)
     last = site.at(3, role="last" if block.skip else "plain")
     x = variant.norm(variant.conv(x, block.outputs, 1, last, padding=spec.padding), last)
-    x = variant.tap(x, site.name("branch"))
+    x = variant.tap(variant.exit(x, site) if block.skip else x, site.name("branch"))
     if not block.skip:
         return variant.tap(x, site.name("out"))
-    return variant.merge(skip, variant.drop_path(x, drop_path_rate, site), site)
+    return variant.merge(skip, variant.drop_path(x, drop_path_rate, True, site), site)
 
 
 def body(spec: Spec, variant, x):
@@ -131,15 +140,16 @@ def body(spec: Spec, variant, x):
     )
     stem, stride = Site("stem", role="stem", index=1), spec.stem_stride
     x = variant.conv(x, flat[0].inputs, 3, stem, strides=stride, padding=spec.padding)
-    x = variant.tap(variant.act(variant.norm(x, stem), spec.activation, stem), "stem_out")
+    x = variant.tap(variant.act(variant.norm(x, stem), stem), "stem_out")
     pyramid = {}
-    for number, (block, site) in enumerate(zip(flat, sites, strict=True)):
-        x = mbconv(x, block, site, spec, variant, spec.drop_path_rate * number / len(flat))
+    rates = numerics.drop_path_rates(spec.drop_path_rate, len(flat), "keras")  # timm's EfficientNets do the same
+    for block, site, rate in zip(flat, sites, rates, strict=True):
+        x = mbconv(x, block, site, spec, variant, rate)
         stride *= block.stride
         pyramid[f"P{int(math.log2(stride))}"] = x
-    top = Site("top")
+    top = Site("top", role="top")
     x = variant.conv(x, numerics.round_channels(spec.top_channels * spec.width), 1, top, padding=spec.padding)
-    return variant.act(variant.norm(x, top), spec.activation, top), pyramid
+    return variant.act(variant.norm(x, top), top), pyramid
 
 
 SPECS = {

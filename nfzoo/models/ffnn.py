@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nfzoo.models.sites import Site
 
 ADMITS = ("none", "bn", "sn")
+DIALECTS = ("keras",)
 PAPER = 'poster "Designing Normalizer-Free EfficientNets"'
 
 
@@ -28,6 +29,8 @@ class Spec:
     activation: str = "relu"
     classes: int = 100
     head_scheme: str = "hidden"
+    dialect: str | None = "keras"
+    test_size: int | None = None
     min_size: int = 1
 
     def __post_init__(self):
@@ -39,13 +42,18 @@ class Spec:
         return self.size, self.size, 3
 
 
+def conventions(spec: Spec, variant: str) -> dict:
+    """Fields that follow from the dialect and the variant: none here."""
+    return {}
+
+
 def body(spec: Spec, variant, x):
     """Build everything between the image and the classifier; there is no feature pyramid."""
     x = variant.flatten(x)
     for number in range(1, spec.depth):
         site = Site("hidden", role="stem" if number == 1 else "plain", index=number)
         x = variant.norm(variant.dense(x, spec.width, site), site)
-        x = variant.tap(variant.act(x, spec.activation, site), f"hidden_out{number}")
+        x = variant.tap(variant.act(x, site), f"hidden_out{number}")
     return x, {}
 
 

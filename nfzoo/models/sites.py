@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Role = Literal["stem", "plain", "branch", "last", "shortcut", "head"]
+Role = Literal["stem", "plain", "branch", "last", "shortcut", "merge", "top"]
 Skip = Literal["identity", "projection", "none"]
 
 
@@ -18,9 +18,10 @@ class Site:
 
     Attributes:
         prefix: name of what it belongs to, e.g. "stage2_block3"; layer names start with it.
-        role: "stem", "plain" (nothing bypasses it), "branch", "last" (last layer of a branch), "shortcut" or "head".
+        role: "stem", "plain" (nothing bypasses it), "branch", "last" (last layer of a branch), "shortcut", "merge"
+            (what follows the sum of skip and branch) or "top" (after the last block).
         index: 1-based number within the prefix; None for an only layer, whose name is then without a number.
-        block: 0-based block number over the whole network.
+        block: number of residual blocks before this one, over the whole network.
         blocks: number L of residual blocks of the network.
         convs: number m of weight layers in this branch.
         merges: residual sums on this stream since its last reset (NFNet paper, section 3).
@@ -34,7 +35,7 @@ class Site:
     convs: int = 1
     merges: int = 0
 
-    def at(self, index: int, role: Role | None = None) -> "Site":
+    def at(self, index: int | None, role: Role | None = None) -> "Site":
         """The same place, at another layer of the block."""
         return replace(self, index=index, role=role or self.role)
 
@@ -68,16 +69,17 @@ def block_sites(depths: Sequence[int], skips: Sequence[Skip], convs: Sequence[in
         )
     residual = sum(skip != "none" for skip in skips)
     merges = block = 0
+    each = zip(skips, convs, strict=True)
     for stage, depth in enumerate(depths, 1):
         for number in range(1, depth + 1):
-            skip = skips[block]
+            skip, layers = next(each)
             yield Site(
                 prefix=f"stage{stage}_block{number}",
                 role="plain" if skip == "none" else "branch",
                 block=block,
                 blocks=residual,
-                convs=convs[block],
+                convs=layers,
                 merges=merges,
             )
             merges = {"identity": merges + 1, "projection": 1, "none": 0}[skip]
-            block += 1
+            block += skip != "none"

@@ -1,0 +1,105 @@
+"""keras.applications' names: EfficientNet B0-B7, ResNet V1 and V2."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+DIALECTS = ("keras",)
+# The normalization of the input: ask nfzoo for `include_preprocessing=True` instead.
+IGNORED = r"^(normalization|rescaling)"
+
+
+def rule(name, spec) -> Callable[[str], str]:
+    """Return the function from our variable paths to those of keras.applications."""
+    if name.variant != "bn" or name.family not in ("efficientnet", "resnet"):
+        raise ValueError(f"Expected an architecture of keras.applications. Received: {name}")
+    if name.family == "efficientnet":
+        outside, block = _EFFICIENTNET, _efficientnet_block
+    elif spec.preactivation:
+        outside = {"stem_conv1": "conv1_conv", "top_norm": "post_bn", "head": "predictions"}
+        block = _resnet_v2_block
+    else:
+        outside = {"stem_conv1": "conv1_conv", "stem_norm1": "conv1_bn", "head": "predictions"}
+        block = _resnet_block
+
+    def rename(path: str) -> str:
+        layer, leaf = path.rsplit("/", 1)
+        match = re.fullmatch(r"stage(\d+)_block(\d+)_(\w+)", layer)
+        theirs = outside[layer] if match is None else block(int(match[1]), int(match[2]), match[3])
+        return f"{theirs}/{leaf}"
+
+    return rename
+
+
+_EFFICIENTNET = {
+    "stem_conv1": "stem_conv", "stem_norm1": "stem_bn", "top_conv": "top_conv", "top_norm": "top_bn",
+    "head": "predictions",
+}  # fmt: skip
+
+
+def _efficientnet_block(stage: int, block: int, part: str) -> str:
+    parts = {
+        "conv1": "expand_conv", "norm1": "expand_bn", "conv2": "dwconv", "norm2": "bn", "conv3": "project_conv",
+        "norm3": "project_bn",
+    }  # fmt: skip
+    return f"block{stage}{chr(ord('a') + block - 1)}_{parts.get(part, part)}"
+
+
+def _resnet_block(stage: int, block: int, part: str) -> str:
+    kind = "bn" if "norm" in part else "conv"
+    number = 0 if part.startswith("shortcut") else int(part[-1])
+    return f"conv{stage + 1}_block{block}_{number}_{kind}"
+
+
+def _resnet_v2_block(stage: int, block: int, part: str) -> str:
+    if part == "norm1":
+        return f"conv{stage + 1}_block{block}_preact_bn"
+    if part.startswith("norm"):
+        return f"conv{stage + 1}_block{block}_{int(part[-1]) - 1}_bn"
+    return _resnet_block(stage, block, part)
+
+
+def to_keras(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The layouts are ours, but for squeeze-excite, which keras.applications writes as 1x1 convolutions."""
+    return value.reshape(shape) if value.ndim == 4 and len(shape) == 2 and value.size == np.prod(shape) else value
+
+
+def read(weights: Any) -> dict[str, np.ndarray]:
+    """Read a mapping, a live model, a legacy .h5 file (one group per layer), or a Keras 3 .weights.h5 or .keras file."""
+    if isinstance(weights, Mapping):
+        return {key: np.asarray(value) for key, value in weights.items()}
+    if isinstance(weights, keras.Model):
+        return {v.path: keras.ops.convert_to_numpy(v) for v in weights.weights}
+    path = Path(weights)
+    if path.name.endswith(".keras"):
+        return read(keras.saving.load_model(path, compile=False))
+    try:
+        return _legacy(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"Expected an HDF5 file. Received: {path}, which is damaged: {error}") from None
+
+
+def _legacy(path: Path) -> dict[str, np.ndarray]:
+    import h5py
+
+    tensors = {}
+    with h5py.File(path, "r") as file:
+        root = file["model_weights"] if "model_weights" in file else file
+        if "layer_names" not in root.attrs:
+            raise ValueError(
+                f"Expected a legacy .h5 file of keras.applications. Received: {path}, whose tensors have no layer names: "
+                "load it into the keras.applications model and pass that model as weights."
+            )
+        for layer in root.attrs["layer_names"]:
+            layer = layer.decode() if isinstance(layer, bytes) else layer
+            for name in root[layer].attrs["weight_names"]:
+                name = name.decode() if isinstance(name, bytes) else name
+                leaf = name.rsplit("/", 1)[-1].removesuffix(":0").replace("depthwise_kernel", "kernel")
+                tensors[f"{layer}/{leaf}"] = np.asarray(root[layer][name])
+    return tensors

@@ -1,0 +1,121 @@
+"""Read the tensors of a PyTorch file without PyTorch and without running its code.
+
+Both formats: the zip archive (since 1.6) and the older sequence of pickles. Tensors come as NumPy arrays.
+"""
+
+import collections
+import io
+import math
+import pickle
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from nfzoo.convert.pickles import ALLOWED, Unpickler
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_DTYPES = {
+    "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "LongStorage": np.int64,
+    "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_, "BFloat16Storage": ml_dtypes.bfloat16,
+}  # fmt: skip
+
+
+@dataclass
+class Storage:
+    """A flat buffer that tensors view."""
+
+    data: np.ndarray
+
+
+def _rebuild_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *_ignored) -> np.ndarray:
+    end = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1
+    if 0 in size:
+        return np.zeros(size, storage.data.dtype)
+    if offset < 0 or min((*stride, 0)) < 0 or end > storage.data.size:
+        raise ValueError(f"a tensor of size {tuple(size)} reaches beyond its storage of {storage.data.size} numbers")
+    strides = [s * storage.data.itemsize for s in stride]
+    return np.lib.stride_tricks.as_strided(storage.data[offset:], size, strides, writeable=False)
+
+
+_TENSORS = ALLOWED | {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_ignored: tensor,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+}
+
+
+class _Tensors(Unpickler):
+    def __init__(self, file, path, storage):
+        super().__init__(file, _TENSORS, path)
+        self.storage = storage
+
+    def persistent_load(self, reference: tuple) -> Any:
+        kind, dtype, key, _, count, *_ = reference
+        if kind != "storage":
+            raise ValueError(f"an unknown reference {kind!r}")
+        return self.storage(str(key), np.dtype(dtype), int(count))
+
+
+def read(path: Path) -> Any:
+    """Read a .pth, .pt or .bin file.
+
+    Returns:
+        What was saved, mostly a dictionary, with tensors as arrays.
+
+    Raises:
+        ValueError: for a damaged file, or one that names anything but tensors and containers.
+    """
+    try:
+        return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, struct.error, IndexError, OSError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise ValueError(f"Expected a PyTorch file. Received: {path}, which is damaged: {error}") from None
+
+
+def _read_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        root = next((name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl")), None)
+        if root is None:
+            raise ValueError(f"Expected a PyTorch file. Received: {path}, an archive without data.pkl")
+        storages: dict[str, Storage] = {}
+
+        def storage(key: str, dtype: np.dtype, count: int) -> Storage:
+            if key not in storages:
+                storages[key] = Storage(np.frombuffer(archive.read(f"{root}data/{key}"), dtype, count))
+            return storages[key]
+
+        return _Tensors(io.BytesIO(archive.read(f"{root}data.pkl")), path, storage).load()
+
+
+def _read_legacy(path: Path) -> Any:
+    storages: dict[str, Storage] = {}
+
+    def storage(key: str, dtype: np.dtype, count: int) -> Storage:
+        # The numbers follow the pickles: views are made now, and filled below.
+        return storages.setdefault(key, Storage(np.empty(count, dtype)))
+
+    with path.open("rb") as file:
+        if Unpickler(file, {}, path).load() != _LEGACY_MAGIC:
+            raise ValueError(f"Expected a PyTorch file. Received: {path}")
+        for _ in range(2):  # protocol and platform
+            Unpickler(file, {}, path).load()
+        result = _Tensors(file, path, storage).load()
+        for key in Unpickler(file, {}, path).load():
+            (count,) = struct.unpack("<q", file.read(8))
+            data = storages[str(key)].data
+            if count != data.size:
+                raise ValueError(f"Expected {data.size} numbers in storage {key}. Received: {count} in {path}")
+            raw = file.read(data.nbytes)
+            if len(raw) != data.nbytes:
+                raise EOFError(f"{math.ceil((data.nbytes - len(raw)) / 1e6)} MB are missing")
+            data[...] = np.frombuffer(raw, data.dtype)
+    return result

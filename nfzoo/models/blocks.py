@@ -1,0 +1,179 @@
+"""Residual blocks that ResNet, NFNet and RegNet share: a chain of convolutions beside a shortcut, written once.
+
+Pure words of `Variant`; which convolutions a block has is the family's table.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nfzoo import numerics
+from nfzoo.models.sites import Site, block_sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSpec:
+    """What a row of a residual family tells; families add their own fields.
+
+    Attributes:
+        depths: blocks per stage.
+        dialect: whose reading of the architecture, where sources disagree: "deepmind", "timm" or "keras"; None for
+            that of the variant's own paper.
+        size, test_size: input height and width while training and for evaluation, pixels.
+        dropout_rate: before the classifier. drop_path_rate, drop_path_rule: see `numerics.drop_path_rates`.
+        padding: "same" (TensorFlow) or "symmetric" (PyTorch).
+        stem: "imagenet", or "small" with stride 1 for 32x32 images.
+        preactivation: normalization and activation before each convolution, and nothing after the sum.
+        order: "norm-act" or "act-norm": which comes first.
+        shortcut: "project" (1x1 convolution) or "zero_pad" (subsample, append zero channels).
+        downsample: how a projection halves the map: "stride" or "avg_pool" (2x2, then stride 1).
+        attention: None, "se" or "eca"; se_ratio: hidden units of squeeze-excite over its channels.
+    """
+
+    depths: tuple[int, ...]
+    dialect: str | None = None
+    size: int = 224
+    test_size: int | None = None
+    dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    drop_path_rule: str = "timm"
+    activation: str = "relu"
+    padding: str = "symmetric"
+    stem: str = "imagenet"
+    classes: int = 1000
+    head_scheme: str = "small"
+    preactivation: bool = True
+    order: str = "norm-act"
+    shortcut: str = "project"
+    downsample: str = "stride"
+    attention: str | None = None
+    se_ratio: float = 0.25
+
+    def __post_init__(self):
+        choices = {
+            "stem": ("imagenet", "small"), "order": ("norm-act", "act-norm"), "shortcut": ("project", "zero_pad"),
+            "downsample": ("stride", "avg_pool"), "attention": (None, "se", "eca"),
+        }  # fmt: skip
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"Expected {field} to be one of {allowed}. Received: {field}={getattr(self, field)!r}")
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, 3
+
+    @property
+    def stem_stride(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def min_size(self) -> int:
+        """Smallest height and width whose every stride still has a pixel to halve."""
+        return self.stem_stride * math.prod(block.stride for stage in self.stages() for block in stage)
+
+    def stages(self) -> "list[list[Block]]":
+        """Resolve the blocks of every stage."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolution of a branch."""
+
+    filters: int
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block.
+
+    Attributes:
+        convs: of the branch, in order.
+        project: whether the shortcut is transformed to the shape of the branch; else it is the input itself.
+        hidden: units of squeeze-excite. attend_after: number of the convolution that attention follows; 0 for the last.
+    """
+
+    convs: tuple[Conv, ...]
+    project: bool
+    hidden: int = 0
+    attend_after: int = 0
+
+    @property
+    def outputs(self) -> int:
+        return self.convs[-1].filters
+
+    @property
+    def stride(self) -> int:
+        return math.prod(conv.stride for conv in self.convs)
+
+
+def _attend(x, block: Block, site: Site, spec: ResidualSpec, variant):
+    if spec.attention == "eca":
+        return variant.channel_attention(x, site)
+    # The references take an unscaled ReLU inside the unit, whatever the network's activation.
+    return variant.squeeze_excite(x, block.hidden, "relu", site)
+
+
+def norm_act(x, site: Site, spec: ResidualSpec, variant):
+    """Normalize and activate, in the order of the spec."""
+    if spec.order == "norm-act":
+        return variant.act(variant.norm(x, site), site)
+    return variant.norm(variant.act(x, site), site)
+
+
+def _shortcut(x, entered, block: Block, site: Site, spec: ResidualSpec, variant):
+    """Bring the input to the shape of the branch; projections see it as the branch does."""
+    at, stride = Site(f"{site.prefix}_shortcut", role="shortcut", block=site.block, blocks=site.blocks), block.stride
+    if not block.project:
+        return variant.subsample(variant.identity(x, entered), stride, at)
+    if spec.shortcut == "zero_pad":
+        return variant.pad_channels(variant.subsample(entered, stride, at), block.outputs, at)
+    if stride > 1 and spec.downsample == "avg_pool":
+        entered, stride = variant.average(entered, stride, at), 1
+    x = variant.conv(entered, block.outputs, 1, at, strides=stride, padding=spec.padding)
+    return x if spec.preactivation else variant.norm(x, at)
+
+
+def residual(x, block: Block, site: Site, spec: ResidualSpec, variant, drop_path_rate: float):
+    """One block, pre- or post-activation."""
+    y = x if spec.preactivation else variant.enter(x, site)
+    entered = y
+    for number, conv in enumerate(block.convs, 1):
+        last = number == len(block.convs)
+        at = site.at(number, role="last" if last else "branch")
+        if spec.preactivation:
+            y = norm_act(y, at, spec, variant)
+            if number == 1:
+                y = entered = variant.enter(y, site)
+        y = variant.conv(y, conv.filters, conv.kernel, at, conv.stride, conv.groups, spec.padding)
+        if not spec.preactivation:
+            y = variant.norm(y, at) if last else norm_act(y, at, spec, variant)
+        if spec.attention and number == (block.attend_after or len(block.convs)):
+            y = _attend(y, block, site, spec, variant)
+    skip = _shortcut(x, entered, block, site, spec, variant)
+    y = variant.tap(variant.exit(y, site), site.name("branch"))
+    y = variant.drop_path(y, drop_path_rate, spec.drop_path_rule != "deepmind", site)
+    if spec.preactivation:
+        return variant.merge(skip, y, site)
+    y = variant.merge(skip, y, site, kind="sum")
+    return variant.tap(variant.act(y, site.at(None, role="merge")), site.name("out"))
+
+
+def chain(stages: Sequence[Sequence[Block]], spec: ResidualSpec, variant, x):
+    """All blocks in order; return the last map, and the last map of each stride as {"P2": stride 4, …}."""
+    flat = [block for stage in stages for block in stage]
+    sites = block_sites(
+        [len(stage) for stage in stages],
+        ["projection" if block.project else "identity" for block in flat],
+        [len(block.convs) for block in flat],
+    )
+    rates = numerics.drop_path_rates(spec.drop_path_rate, len(flat), spec.drop_path_rule)
+    stride, pyramid = spec.stem_stride, {}
+    for block, site, rate in zip(flat, sites, rates, strict=True):
+        x = residual(x, block, site, spec, variant, rate)
+        stride *= block.stride
+        pyramid[f"P{int(math.log2(stride))}"] = x
+    return x, pyramid

@@ -1,0 +1,115 @@
+"""Without normalization, with the variance of every layer kept in hand: self-normalizing and normalizer-free."""
+
+from dataclasses import dataclass
+
+import keras
+from keras import layers
+
+from nfzoo import numerics
+from nfzoo.layers import Gate, Merge, ScaledActivation, ScaledStdConv2D, ScaledStdDepthwiseConv2D
+from nfzoo.models.sites import Site
+from nfzoo.variants.base import Variant
+
+
+@dataclass(frozen=True)
+class SN(Variant):
+    """Self-normalizing: SELU everywhere, LeCun initialisation, magnitude-preserving merge and squeeze-excite.
+
+    Attributes:
+        magnitude_preserving: False gives the poster's "No MP" row: plain sum, plain gate.
+        alpha_dropout: use alpha dropout instead of dropout before the classifier (the poster did not).
+
+    References: Klambauer et al. 2017 (arXiv 1706.02515); the poster "Designing Normalizer-Free EfficientNets";
+    EDM2 (arXiv 2312.02696), equation 88.
+    """
+
+    activation: str | None = "selu"
+    init: str = "lecun"
+    magnitude_preserving: bool = True
+    alpha_dropout: bool = False
+
+    def squeeze_excite(self, x, hidden: int, kind: str | None, site: Site):
+        return super().squeeze_excite(x, hidden, None, site)
+
+    def gate_layer(self, **kwargs) -> keras.Layer:
+        return Gate(magnitude_preserving=self.magnitude_preserving, **kwargs)
+
+    def merge(self, skip, branch, site: Site, kind: str = "out"):
+        if not self.magnitude_preserving:
+            return super().merge(skip, branch, site, kind)
+        a, b = numerics.magnitude_preserving_weights()
+        return Merge(skip_scale=a, branch_scale=b, name=site.name(kind))([skip, branch])
+
+    def drop(self, x, rate: float, site: Site):
+        if rate and self.alpha_dropout:
+            return layers.AlphaDropout(rate, name=site.name("drop"))(x)
+        return super().drop(x, rate, site)
+
+    def head_init(self, inputs: int) -> keras.Initializer:
+        return keras.initializers.RandomNormal(stddev=0.01)
+
+
+@dataclass(frozen=True)
+class NF(Variant):
+    """Normalizer-free: scaled weight standardization, gamma-scaled activations, branches of known variance.
+
+    Attributes:
+        alpha: factor of every residual branch.
+        skip_gain: initial value of the learnable scalar on every branch (0: blocks start as the identity); None for
+            none.
+        last_gain: initial value of the gain vector of a branch's last convolution; timm closes its branches with 0 here
+            where it has no skip gain.
+        gamma_in: where the gain of the activation sits: "activation" (DeepMind) or "kernel" (timm: in every
+            standardized kernel, the first included).
+        epsilon, epsilon_mode: of the weight standardization, see `nfzoo.layers.standardize`.
+
+    References: NF-ResNet paper (arXiv 2101.08692), sections 3 and 4; NFNet paper (arXiv 2102.06171), section 3.
+    """
+
+    init: str = "lecun"
+    use_bias: bool | tuple[str, ...] = True
+    alpha: float = 0.2
+    skip_gain: float | None = 0.0
+    last_gain: float = 1.0
+    gamma_in: str = "activation"
+    epsilon: float = 1e-4
+    epsilon_mode: str = "clamp"
+
+    def __post_init__(self):
+        if self.gamma_in not in ("activation", "kernel"):
+            raise ValueError(f'Expected gamma_in to be "activation" or "kernel". Received: gamma_in={self.gamma_in!r}')
+
+    @classmethod
+    def conventions(cls, dialect: str) -> dict:
+        if dialect != "timm":
+            return {}
+        return {"epsilon": 1e-5, "epsilon_mode": "add", "gamma_in": "kernel", "skip_gain": None, "last_gain": 0.0}
+
+    def conv_layer(self, site: Site, filters: int, kernel: int, **options) -> keras.Layer:
+        gain = self.last_gain if site.role == "last" else 1.0
+        return ScaledStdConv2D(filters, kernel, gain=gain, **self._standardization(), **options)
+
+    def depthwise_layer(self, kernel: int, **options) -> keras.Layer:
+        return ScaledStdDepthwiseConv2D(kernel, **self._standardization(), **options)
+
+    def _standardization(self) -> dict:
+        gamma = numerics.gamma(self.activation) if self.gamma_in == "kernel" else 1.0
+        return {"epsilon": self.epsilon, "epsilon_mode": self.epsilon_mode, "gamma": gamma}
+
+    def act(self, x, site: Site):
+        if self.gamma_in == "kernel":
+            return super().act(x, site)
+        return ScaledActivation(self.activation, name=site.name("act"))(x)
+
+    def gate_layer(self, **kwargs) -> keras.Layer:
+        return Gate(gain=2.0, **kwargs)
+
+    def enter(self, x, site: Site):
+        std = numerics.residual_std(site.merges, self.alpha)
+        return x if std == 1.0 else layers.Rescaling(1 / std, name=site.name("enter"))(x)
+
+    def merge(self, skip, branch, site: Site, kind: str = "out"):
+        return Merge(branch_scale=self.alpha, gain=self.skip_gain, name=site.name(kind))([skip, branch])
+
+    def head_init(self, inputs: int) -> keras.Initializer:
+        return keras.initializers.RandomNormal(stddev=0.01)
