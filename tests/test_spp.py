@@ -67,6 +67,25 @@ def test_weights_raw_and_effective(images):
     assert ("effective_weight", "head/kernel") not in rows.index
 
 
+def test_the_posters_weights_are_kernels_and_the_scales_of_norms(images):
+    """What PyTorch names "weight", each as one vector; not the gain of weight standardization, nor a bias."""
+    model = nfzoo.build("bn_test_ffnn", size=32)
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(0.5, 2, variable.shape))
+    rows = spp.snapshot(model, *images, crossentropy(), definition="poster").set_index(["kind", "layer"])
+    wanted = {v.path: v.numpy() for v in model.trainable_variables if v.name in ("kernel", "gamma")}
+    for kind in ("weight", "weight_gradient"):
+        assert set(rows.loc[kind].index) == wanted.keys()
+    assert "hidden_norm1/gamma" in wanted
+    for path, x in wanted.items():
+        assert rows.acsm["weight", path] == pytest.approx(np.mean(x**2), rel=1e-5)
+        assert rows.acv["weight", path] == pytest.approx(x.var(), rel=1e-5)
+    assert not any("gamma" in path for path in spp.snapshot(model, images[0]).layer)
+    nf = spp.snapshot(nfzoo.build("nf_test_efficientnet"), images[0], definition="poster")
+    assert not any("gain" in path for path in nf.layer)
+
+
 def test_gradients_of_a_linear_layer_are_the_analytic_ones():
     """Mean squared error of one dense layer: dL/dout = 2 (out - y) / (batch * units)."""
     rng = np.random.default_rng(0)
