@@ -338,8 +338,20 @@ def data(
     console.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); read it with --data {path}", soft_wrap=True)
 
 
+def _told(error: Exception) -> str:
+    """Say an error; one that nobody foresaw by its type and the lines that are not part of TensorFlow's own trace."""
+    if isinstance(error, MemoryError) or "ResourceExhausted" in type(error).__name__ or "RESOURCE_EXH" in str(error):
+        return "error: Out of memory. Try smaller images, or a smaller batch: train and scan take --set batch_size=…"
+    if isinstance(error, ValueError | TypeError | OSError | ImportError | RuntimeError):
+        return f"error: {error}"
+    trace = ("File ", "[[", "Graph execution error", "Detected at node")
+    lines = [line.strip() for line in str(error).splitlines()]
+    message = " ".join(line for line in lines if line and not line.startswith(trace))
+    return f"Unexpected error: {type(error).__name__}: {message}; set NFZOO_TRACEBACK=1 to see where"
+
+
 def main() -> None:
-    """Entry point: an expected error is one line on stderr and exit status 1; NFZOO_DEBUG=1 shows its origin."""
+    """Entry point: an error is one line on stderr and exit status 1; NFZOO_TRACEBACK=1 shows its origin."""
     # TensorFlow's start-up notes are not about the user's run.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -348,10 +360,11 @@ def main() -> None:
         if stop.code == 130:  # Ctrl-C
             Console(stderr=True).print("interrupted; the same command resumes")
         raise
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if os.environ.get("NFZOO_DEBUG"):
+    except Exception as error:
+        if os.environ.get("NFZOO_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        kind, _, text = _told(error).partition(":")
+        Console(stderr=True).print(f"[red]{kind}:[/]{escape(text)}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -68,10 +68,6 @@ def load(data: Data, seed: int = 0) -> Images:
         (1150, 287, 360, (32, 32, 3))
     """
     train, test, classes = _read(data)
-    if len(train) == 0 or len(test) == 0:
-        raise ValueError(
-            f"Expected training and test images. Received: {data.name!r} with {len(train)} and {len(test)}"
-        )
     mean, std = CONSTANTS.get(data.name) or _constants(train.images)
     order = np.random.default_rng([seed, 1]).permutation(len(train))
     held_out = round(len(train) * data.validation_fraction)
@@ -80,16 +76,32 @@ def load(data: Data, seed: int = 0) -> Images:
 
 
 def _read(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
+    """Read a whole set and check what every source can get wrong; training and test images, names of the classes."""
     path = pathlib.Path(data.name)
     if data.name == "digits":
-        return _digits(data.image_size or 32)
-    if data.name == "fake":
-        return _fake(data.image_size or 32)
-    if path.suffix == ".npz":
-        return _npz(path)
-    if path.is_dir():
-        return _folder(path, data.image_size)
-    return _tfds(data)
+        train, test, classes = _digits(data.image_size or 32)
+    elif data.name == "fake":
+        train, test, classes = _fake(data.image_size or 32)
+    elif path.suffix == ".npz":
+        train, test, classes = _npz(path)
+    elif path.is_dir():
+        train, test, classes = _folder(path, data.image_size)
+    else:
+        train, test, classes = _tfds(data)
+    if len(train) == 0 or len(test) == 0:
+        raise ValueError(
+            f"Expected training and test images. Received: {data.name!r} with {len(train)} and {len(test)}"
+        )
+    _check_size(test.images[0], train.images[0], data.name)
+    return train, test, classes
+
+
+def _check_size(image: np.ndarray, first: np.ndarray, source: str) -> None:
+    if image.shape != first.shape:
+        raise ValueError(
+            f"Expected images of one size. Received: {source} with {first.shape[:2]} and {image.shape[:2]}. "
+            "Resize them: --set data.image_size=160"
+        )
 
 
 def _constants(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -204,11 +216,13 @@ def _open(path: pathlib.Path) -> np.ndarray:
         raise OSError(f"Expected an image. Received: {path}, which cannot be read: {error}") from None
 
 
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Shorter side to `size`, then the centre square; grey becomes three equal channels."""
+def _resize(image: np.ndarray, size: int | None) -> np.ndarray:
+    """Shorter side to `size` if there is one, then the centre square; grey becomes three equal channels."""
     from PIL import Image
 
     picture = Image.fromarray(image.squeeze()).convert("RGB")
+    if size is None:
+        return np.asarray(picture)
     scale = size / min(picture.size)
     picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in picture.size)
@@ -219,11 +233,7 @@ def _stack(images: Iterable[np.ndarray], size: int | None, source: str) -> np.nd
     stacked, total = [], 0
     for image in images:
         image = _resize(image, size) if size or image.shape[-1] != 3 else image
-        if stacked and image.shape != stacked[0].shape:
-            raise ValueError(
-                f"Expected images of one size. Received: {source} with {stacked[0].shape[:2]} and {image.shape[:2]}. "
-                "Resize them: --set data.image_size=160"
-            )
+        _check_size(image, stacked[0] if stacked else image, source)
         total += image.nbytes
         if total > MAX_BYTES:
             raise ValueError(
@@ -250,6 +260,14 @@ def _tfds(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
         raise FileNotFoundError(
             f"Expected a data set: {known}. Received: {data.name!r}. {_first_line(error)}"
         ) from None
+    keys = builder.info.supervised_keys or ()
+    kinds = [builder.info.features[key] if isinstance(key, str) else key for key in keys]
+    wanted = (tfds.features.Image, tfds.features.ClassLabel)
+    if len(kinds) != 2 or not all(map(isinstance, kinds, wanted)) or kinds[0].np_dtype != np.uint8:
+        raise ValueError(
+            f"Expected 8-bit images with one class each. Received: {data.name!r}, whose examples are "
+            f"{' and '.join(map(repr, kinds)) or 'not labelled'}"
+        )
     splits = builder.info.splits
     if "train" not in splits:
         try:
@@ -261,8 +279,8 @@ def _tfds(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
             ) from None
         splits = builder.info.splits
     held_out = next((name for name in ("test", "validation") if name in splits), None)
-    if held_out is None or builder.info.supervised_keys is None:
-        raise ValueError(f"Expected labelled images with a test or validation split. Received: {data.name!r}")
+    if held_out is None:
+        raise ValueError(f"Expected a test or validation split. Received: {data.name!r} with {', '.join(splits)}")
 
     def read(split):
         labels = []
@@ -274,7 +292,7 @@ def _tfds(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
 
         return Split(_stack(images(), data.image_size, data.name), np.array(labels, np.int32))
 
-    return read("train"), read(held_out), tuple(builder.info.features[builder.info.supervised_keys[1]].names)
+    return read("train"), read(held_out), tuple(kinds[1].names)
 
 
 def _first_line(error: Exception) -> str:
@@ -360,12 +378,7 @@ def transform(images: np.ndarray, augment: Augment, rng: np.random.Generator) ->
 
 def pipeline(images: Images, recipe) -> dict[str, Batches]:
     """The three streams of a run: train (shuffled, augmented), validation, test."""
-    common = {
-        "batch_size": recipe.batch_size,
-        "mean": images.mean,
-        "std": images.std,
-        "seed": recipe.seed,
-    }
+    common = {"batch_size": recipe.batch_size, "mean": images.mean, "std": images.std, "seed": recipe.seed}
     on_validation = recipe.augment if recipe.augment.on_validation else None
     return {
         "train": Batches(images.train, shuffle=True, augment=recipe.augment, **common),

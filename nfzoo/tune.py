@@ -85,7 +85,7 @@ def scan(
         Columns model, learning_rate, seed, status, test_accuracy, val_accuracy, epochs, seconds.
 
     Raises:
-        ValueError: from a trial that could not run; finished trials are kept and a second call does the missing ones.
+        Exception: that of a trial that could not run; finished trials are kept and a second call does the missing ones.
     """
     console, out = console or Console(), pathlib.Path(out)
     models, learning_rates = list(dict.fromkeys(models)), list(dict.fromkeys(learning_rates))
@@ -97,7 +97,7 @@ def scan(
     try:
         Scan(models, learning_rates, recipe, seeds, out, overrides, console).search(verbose=0)
     except errors.FatalError as error:
-        raise ValueError(str(error)) from error.__cause__
+        raise error.__cause__ from None
     rows = []
     for model in models:
         for rate in learning_rates:

@@ -10,6 +10,7 @@ import time
 
 import pandas as pd
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from nfzoo import cli
@@ -18,7 +19,7 @@ TINY = ["--data", "fake", "--set", "data.limit=64", "--set", "batch_size=64"]
 
 
 def _run(*args, **kwargs):
-    env = {**os.environ, "NFZOO_DEBUG": ""}
+    env = {**os.environ, "NFZOO_TRACEBACK": ""}
     command = [sys.executable, "-m", "nfzoo.cli", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env, **kwargs)
 
@@ -156,6 +157,42 @@ def test_mistakes_are_one_line_and_a_status(mistake, call, tmp_path, monkeypatch
     assert status == 1 and err.startswith("error: ") and expected in err
     assert len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def _raise(error):
+    raise error
+
+
+TRACE = 'Graph execution error:\n\nDetected at node loss defined at:\n  File "a.py", line 1\n\n'
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyError("stage9"), "Unexpected error: KeyError: 'stage9'; set NFZOO_TRACEBACK=1 to see where"),
+        (
+            tf.errors.InvalidArgumentError(None, None, f"{TRACE}A label of 99\n\t [[{{{{node loss}}}}]]"),
+            "Unexpected error: InvalidArgumentError: A label of 99; set NFZOO_TRACEBACK=1 to see where",
+        ),
+        (
+            tf.errors.ResourceExhaustedError(None, None, f"{TRACE}OOM when…"),
+            "error: Out of memory. Try smaller images, or a smaller batch",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+            "error: Out of memory. Try smaller images",
+        ),
+    ],
+)
+def test_what_nobody_foresaw_is_one_line_too(error, expected, call, monkeypatch):
+    from nfzoo import registry
+
+    monkeypatch.setattr(registry, "list_models", lambda *args, **kwargs: _raise(error))
+    status, _, err = call("list")
+    assert status == 1 and err.startswith(expected) and len(err.strip().splitlines()) == 1
+    monkeypatch.setenv("NFZOO_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        call("list")
 
 
 def test_divergence_is_said_and_is_a_status(call, tmp_path):

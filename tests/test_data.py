@@ -188,6 +188,62 @@ def test_an_unprepared_set_says_how_to_get_it(tmp_path, monkeypatch):
         data.load(Data(name="cifar100", data_dir=str(tmp_path)))
 
 
+def _tfds_set(monkeypatch, folder, features, keys, examples):
+    """A tensorflow-datasets set made here, that `load` finds by any name."""
+    import tensorflow_datasets as tfds
+
+    class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=keys
+            )
+
+        def _split_generators(self, manager):
+            return {split: enumerate(examples) for split in ("train", "test")}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    builder = Made(data_dir=str(folder))
+    monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: builder)
+
+
+def test_grey_tfds_images_become_three_channels(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {"image": tfds.features.Image(shape=(4, 6, 1)), "label": tfds.features.ClassLabel(names=["a", "b"])}
+    examples = [{"image": np.full((4, 6, 1), 50 * i, np.uint8), "label": i % 2} for i in range(4)]
+    _tfds_set(monkeypatch, tmp_path, features, ("image", "label"), examples)
+    images = data.load(Data(name="made", validation_fraction=0))
+    assert images.train.images.shape == (4, 4, 6, 3) and images.classes == ("a", "b")
+    np.testing.assert_array_equal(np.sort(images.train.images[:, 0, 0, 2]), [0, 50, 100, 150])
+
+
+def test_tfds_sets_that_are_not_images_by_class(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    image, label = tfds.features.Image(shape=(4, 4, 3)), tfds.features.ClassLabel(num_classes=2)
+    for x, y, keys, named in [
+        (image, tfds.features.Scalar(np.float32), ("x", "y"), "Scalar"),
+        (tfds.features.Text(), label, ("x", "y"), "Text"),
+        (tfds.features.Image(shape=(4, 4, 1), dtype=np.float32), label, ("x", "y"), "float32"),
+        (image, {"deep": label}, ("x", {"deep": "y/deep"}), "deep"),
+        (image, label, None, "not labelled"),
+    ]:
+        _tfds_set(monkeypatch, tmp_path, {"x": x, "y": y}, keys, [])
+        with pytest.raises(ValueError, match=f"8-bit images with one class each.*'made'.*{named}"):
+            data.load(Data(name="made"))
+
+
+def test_training_and_test_images_of_different_sizes(tmp_path):
+    _write(tmp_path / "train" / "ants", 2, (10, 10))
+    _write(tmp_path / "test" / "ants", 2, (10, 12))
+    with pytest.raises(ValueError, match=r"one size.*\(10, 10\) and \(10, 12\)"):
+        data.load(Data(name=str(tmp_path)))
+
+
 def test_damaged_and_pickled_arrays(tmp_path):
     path = tmp_path / "x.npz"
     path.write_bytes(b"PK nothing")
