@@ -109,10 +109,17 @@ def list_models(
         variant, family: keep one variant ("bn") or family ("efficientnet").
         tests: include the tiny rows that tests use.
 
+    Raises:
+        ValueError: for a variant or a family that nothing has.
+
     Example:
         >>> list_models("*_efficientnet_b0")
         ['bn_efficientnet_b0', 'gn_efficientnet_b0', 'nf_efficientnet_b0', 'none_efficientnet_b0', 'sn_efficientnet_b0']
     """
+    for word, value in (("variant", variant), ("family", family)):
+        known = dict.fromkeys(getattr(name, word) for name in names().values())
+        if value is not None and value not in known:
+            raise ValueError(f"Expected {word} to be one of {', '.join(known)}. Received: {word}={value!r}")
     found = [
         text
         for text, name in names().items()

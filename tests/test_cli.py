@@ -135,6 +135,8 @@ MISTAKES = {
     "unknown model": (["train", "sn_efficientnet_b00"], "sn_efficientnet_b0"),
     "inadmissible variant": (["train", "eun_efficientnet_b0"], "none, bn, gn, sn, nf"),
     "wrong keyword": (["train", "sn_test_ffnn", "--build", "momentun=0.9"], "momentun"),
+    "unknown variant of list": (["list", "--variant", "zz"], "none, bn, gn, sn, nf"),
+    "unknown family of list": (["list", "--family", "zz"], "efficientnet, ffnn"),
     "unknown recipe": (["train", "sn_test_ffnn", "--recipe", "nfnet"], "poster, demo"),
     "unknown setting": (["train", "sn_test_ffnn", "--set", "optimizer.lr=1"], "learning_rate"),
     "not a setting": (["train", "sn_test_ffnn", "--set", "epochs"], "KEY=VALUE"),

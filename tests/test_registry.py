@@ -26,6 +26,12 @@ def test_list_models_filters_and_sorts_naturally():
     assert nfzoo.list_models("sn_ffnn*") == ["sn_ffnn_10x100", "sn_ffnn_10x512"]
 
 
+@pytest.mark.parametrize(("word", "known"), [("variant", "none, bn, gn, sn, nf"), ("family", "efficientnet, ffnn")])
+def test_unknown_variants_and_families_are_said(word, known):
+    with pytest.raises(ValueError, match=f"one of {known}.*{word}='zz'"):
+        nfzoo.list_models(**{word: "zz"})
+
+
 def test_unknown_name_gives_close_matches():
     with pytest.raises(ValueError, match=r"'sn_eficientnet_b0'.*sn_efficientnet_b0.*list_models"):
         nfzoo.build("sn_eficientnet_b0")
