@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfzoo import data, recipes
+from nfzoo import data, recipes, sources
 from nfzoo.recipes import Augment, Data
 
 
@@ -270,7 +270,7 @@ def test_limit_keeps_a_subset():
 
 
 def test_a_set_too_large_for_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "MAX_BYTES", 100)
+    monkeypatch.setattr(sources, "MAX_BYTES", 100)
     _write(tmp_path / "ants", 3)
     with pytest.raises(ValueError, match="memory"):
         data.load(Data(name=str(tmp_path), image_size=8))
