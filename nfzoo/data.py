@@ -6,7 +6,7 @@ seen, and nothing here needs TensorFlow unless a tensorflow-datasets name is ask
 
 import functools
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
@@ -25,7 +25,7 @@ CONSTANTS = {
 
 @dataclass(frozen=True)
 class Images:
-    """A data set in memory; mean and std are per channel, of x / 255."""
+    """A data set in memory; mean and std are per channel, of x / 255; `name` outlives a copy as .npz."""
 
     train: Split
     validation: Split
@@ -33,6 +33,7 @@ class Images:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    name: str
 
 
 def load(data: Data, seed: int = 0) -> Images:
@@ -52,12 +53,20 @@ def load(data: Data, seed: int = 0) -> Images:
         >>> len(images.train), len(images.validation), len(images.test), images.train.images.shape[1:]
         (1150, 287, 360, (32, 32, 3))
     """
-    train, test, classes = sources.read(data)
-    mean, std = CONSTANTS.get(data.name) or _constants(train.images)
-    order = np.random.default_rng([seed, 1]).permutation(len(train))
-    held_out = round(len(train) * data.validation_fraction)
-    chosen = order[held_out:][: data.limit]
-    return Images(train.take(chosen), train.take(order[:held_out][: data.limit]), test, classes, mean, std)
+    whole = _whole(data)
+    order = np.random.default_rng([seed, 1]).permutation(len(whole.train))
+    held_out = round(len(order) * data.validation_fraction)
+    train, validation = order[held_out:][: data.limit], order[:held_out][: data.limit]
+    return replace(whole, train=whole.train.take(train), validation=whole.train.take(validation))
+
+
+def _whole(data: Data) -> Images:
+    """All that a set has, no validation images split off yet."""
+    train, test, classes, facts = sources.read(data)
+    if not facts:
+        mean, std = CONSTANTS.get(data.name) or _constants(train.images)
+        facts = {"mean": mean, "std": std, "name": data.name}
+    return Images(train, train.take(slice(0)), test, classes, **facts)
 
 
 def _constants(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -73,14 +82,22 @@ def _constants(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
 
 
 def save(data: Data, path: str | pathlib.Path) -> pathlib.Path:
-    """Write a data set as plain arrays that `Data(name="FILE.npz")` reads anywhere, without TensorFlow."""
+    """Write a data set as plain arrays that `Data(name="FILE.npz")` reads anywhere, without TensorFlow.
+
+    Its name and its channel constants go with it: those of the literature are known by the name of the set.
+
+    Raises:
+        ValueError: for another ending than .npz, and as `load`.
+    """
     path = pathlib.Path(path)
     if path.suffix != ".npz":
         raise ValueError(f"Expected a path that ends with .npz. Received: {path}")
-    train, test, classes = sources.read(data)
-    arrays = {f"{k}_{f}": getattr(s, f) for k, s in (("train", train), ("test", test)) for f in ("images", "labels")}
+    whole = _whole(data)
+    splits = {"train": whole.train, "test": whole.test}
+    arrays = {f"{name}_{field}": getattr(s, field) for name, s in splits.items() for field in ("images", "labels")}
+    facts = {key: np.array(getattr(whole, key)) for key in ("classes", *sources.FACTS)}
     with atomic(path) as partial:
-        np.savez_compressed(partial, **arrays, classes=np.array(classes))
+        np.savez_compressed(partial, **arrays, **facts)
     return path
 
 

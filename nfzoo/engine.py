@@ -188,7 +188,7 @@ def _result(out: pathlib.Path, resolved: dict) -> dict | None:
 def _record(out: pathlib.Path, resolved: dict, images: data.Images) -> None:
     """Write what this run is, once data and model are there: a mistake in their names leaves no folder behind."""
     if not (out / "options.json").exists():
-        constants = {"mean": list(images.mean), "std": list(images.std), "classes": list(images.classes)}
+        constants = {key: getattr(images, key) for key in ("name", "mean", "std", "classes")}
         _write_json(out / "options.json", {**resolved, "images": constants, **environment()})
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from nfzoo.recipes import Data
 
+FACTS = ("mean", "std", "name")  # what an .npz file may tell of the set it was made from
 MAX_BYTES = 8 * 2**30
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -26,15 +27,27 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
 
-def read(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
-    """Read a whole set and check what every source can get wrong; training and test images, names of the classes."""
-    path = pathlib.Path(data.name)
+def read(data: Data) -> tuple[Split, Split, tuple[str, ...], dict]:
+    """Read a whole set and check what every source can get wrong.
+
+    Returns:
+        Training images, test images, names of the classes, and `FACTS` if the source tells them.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: see `nfzoo.data.load`.
+
+    Example:
+        >>> train, test, classes, facts = read(Data(name="fake"))
+        >>> len(train), classes, facts
+        (256, ('dark', 'dim', 'light', 'bright'), {})
+    """
+    path, facts = pathlib.Path(data.name), {}
     if data.name == "digits":
         train, test, classes = _digits(data.image_size or 32)
     elif data.name == "fake":
         train, test, classes = _fake(data.image_size or 32)
     elif path.suffix == ".npz":
-        train, test, classes = _npz(path)
+        train, test, classes, facts = _npz(path)
     elif path.is_dir():
         train, test, classes = _folder(path, data.image_size)
     else:
@@ -44,7 +57,7 @@ def read(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
             f"Expected training and test images. Received: {data.name!r} with {len(train)} and {len(test)}"
         )
     _check_size(test.images[0], train.images[0], data.name)
-    return train, test, classes
+    return train, test, classes, facts
 
 
 def _check_size(image: np.ndarray, first: np.ndarray, source: str) -> None:
@@ -80,8 +93,8 @@ def _fake(size: int) -> tuple[Split, Split, tuple[str, ...]]:
     return split(256), split(64), ("dark", "dim", "light", "bright")
 
 
-def _npz(path: pathlib.Path) -> tuple[Split, Split, tuple[str, ...]]:
-    """Arrays written by `save`; object arrays (pickles) are refused."""
+def _npz(path: pathlib.Path) -> tuple[Split, Split, tuple[str, ...], dict]:
+    """Arrays written by `nfzoo.data.save`, of old without `FACTS`; object arrays (pickles) are refused."""
     if not path.exists():
         raise FileNotFoundError(f"Expected a file. Received: {path}. Write it with: nfzoo data NAME --to {path}")
     wanted = ("train_images", "train_labels", "test_images", "test_labels", "classes")
@@ -97,14 +110,19 @@ def _npz(path: pathlib.Path) -> tuple[Split, Split, tuple[str, ...]]:
         raise ValueError(f"Expected the arrays {', '.join(wanted)}. Received: {path} without {', '.join(missing)}")
     train, test = (Split(arrays[f"{s}_images"], arrays[f"{s}_labels"].astype(np.int32)) for s in ("train", "test"))
     for split in (train, test):
-        if split.images.ndim != 4 or split.images.dtype != np.uint8 or len(split.images) != len(split.labels):
+        if split.images.shape[3:] != (3,) or split.images.dtype != np.uint8 or len(split.images) != len(split.labels):
             raise ValueError(
                 f"Expected uint8 images (n, height, width, 3) and n labels. Received: {path} with "
                 f"{split.images.dtype} {split.images.shape} and {len(split.labels)} labels"
             )
         if len(split) and not 0 <= split.labels.min() <= split.labels.max() < len(arrays["classes"]):
             raise ValueError(f"Expected labels of {len(arrays['classes'])} classes. Received: {path} with others")
-    return train, test, tuple(map(str, arrays["classes"]))
+    facts = {key: arrays[key] for key in FACTS if key in arrays}
+    if facts:
+        if [facts[key].shape if key in facts else None for key in FACTS] != [(3,), (3,), ()] or min(facts["std"]) <= 0:
+            raise ValueError(f"Expected mean and std > 0 of three channels, and a name. Received: {path} with {facts}")
+        facts = {"mean": tuple(facts["mean"].tolist()), "std": tuple(facts["std"].tolist()), "name": str(facts["name"])}
+    return train, test, tuple(map(str, arrays["classes"])), facts
 
 
 def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[str, ...]]:

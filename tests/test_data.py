@@ -124,8 +124,28 @@ def test_arrays_round_trip(tmp_path, digits):
     again = data.load(Data(name=str(path)), seed=3)
     np.testing.assert_array_equal(again.train.images, digits.train.images)
     np.testing.assert_array_equal(again.test.labels, digits.test.labels)
-    assert again.classes == digits.classes
+    assert (again.classes, again.name, again.mean) == (digits.classes, "digits", digits.mean)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_arrays_keep_the_constants_of_their_set_whatever_the_file_is_called(tmp_path, monkeypatch):
+    constants = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    monkeypatch.setitem(data.CONSTANTS, "fake", constants)
+    path = data.save(Data(name="fake"), tmp_path / "a.npz")
+    copy = data.save(Data(name=str(path)), tmp_path / "copy.npz")
+    monkeypatch.delitem(data.CONSTANTS, "fake")
+    computed = data.load(Data(name="fake"))
+    for file in (path, copy):
+        images = data.load(Data(name=str(file)))
+        assert (images.mean, images.std) == constants and images.name == "fake"
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "old.npz", **{k: v for k, v in arrays.items() if k not in ("name", "mean", "std")})
+    old = data.load(Data(name=str(tmp_path / "old.npz")))
+    assert (old.mean, old.std) == (computed.mean, computed.std) and old.name.endswith("old.npz")
+    np.savez(tmp_path / "bad.npz", **{**arrays, "std": np.zeros(3)})
+    with pytest.raises(ValueError, match="std > 0"):
+        data.load(Data(name=str(tmp_path / "bad.npz")))
 
 
 def _write(folder: pathlib.Path, n: int, size=(10, 12), colour=0):
