@@ -25,6 +25,7 @@ Source = Annotated[
     str | None, typer.Option("--data", help="digits, fake, a tfds name, a folder of images by class, or FILE.npz")
 ]
 DataDir = Annotated[str | None, typer.Option(help="folder of tensorflow-datasets; default: TFDS_DATA_DIR")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="resize to squares of this many pixels")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="demo or poster, see nfzoo.recipes.RECIPES")]
 Settings = Annotated[
     list[str] | None,
@@ -212,12 +213,13 @@ def spp(
     to: Annotated[pathlib.Path, typer.Option(help="picture to write")] = pathlib.Path("spp.png"),
     data: Source = "digits",
     data_dir: DataDir = None,
+    image_size: ImageSize = None,
     taps: Annotated[str, typer.Option(help="what to observe of models given by name")] = "blocks",
     seed: Annotated[int, typer.Option(help="of the initialisation")] = 0,
     build: Build = None,
 ) -> None:
     """Draw signal propagation of runs or of freshly initialised models, side by side."""
-    from nfzoo import plots, registry
+    from nfzoo import plots, recipes, registry
 
     for source in sources:
         if not pathlib.Path(source).is_dir():
@@ -225,27 +227,27 @@ def spp(
     with quiet_start():
         from nfzoo.spp import read
 
+    images = recipes.Data(name=data, data_dir=data_dir, image_size=image_size)
     logs = {}
     for source in sources:
         if pathlib.Path(source).is_dir():
             name = pathlib.Path(source).name
             logs[source if name in logs else name] = read(source)
         else:
-            logs[source] = _at_initialisation(source, data, data_dir, taps, seed, _overrides(build))
+            logs[source] = _at_initialisation(source, images, taps, seed, _overrides(build))
     console.print(f"wrote {plots.save(plots.signal_propagation(logs), to)}", soft_wrap=True)
 
 
-def _at_initialisation(model: str, source: str, data_dir: str | None, taps: str, seed: int, overrides: dict):
+def _at_initialisation(model: str, source, taps: str, seed: int, overrides: dict):
     from nfzoo import registry
 
     registry.resolve(model, overrides)
     import keras
 
     from nfzoo import data as data_module
-    from nfzoo import recipes
     from nfzoo.spp import snapshot
 
-    images = data_module.load(recipes.Data(name=source, data_dir=data_dir), seed)
+    images = data_module.load(source, seed)
     probe = data_module.subset(images.train, 128, seed)
     x, y = data_module.Batches(probe, 128, images.mean, images.std)[0]
     keras.utils.set_random_seed(seed)
@@ -327,7 +329,7 @@ def data(
     name: Annotated[str, typer.Argument(help="digits, fake, a tfds name, or a folder of images by class")],
     to: Annotated[pathlib.Path, typer.Option(help="FILE.npz to write")],
     data_dir: DataDir = None,
-    image_size: Annotated[int | None, typer.Option(help="resize to squares of this many pixels")] = None,
+    image_size: ImageSize = None,
 ) -> None:
     """Write a data set as plain arrays, for machines without TensorFlow."""
     with quiet_start():

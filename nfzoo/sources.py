@@ -9,6 +9,7 @@ import numpy as np
 from nfzoo.recipes import Data
 
 FACTS = ("mean", "std", "name")  # what an .npz file may tell of the set it was made from
+_RESIZE = "Resize them: --image-size 160 of nfzoo data and spp, --set data.image_size=160 of train and scan"
 MAX_BYTES = 8 * 2**30
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -47,7 +48,7 @@ def read(data: Data) -> tuple[Split, Split, tuple[str, ...], dict]:
     elif data.name == "fake":
         train, test, classes = _fake(data.image_size or 32)
     elif path.suffix == ".npz":
-        train, test, classes, facts = _npz(path)
+        train, test, classes, facts = _npz(path, data.image_size)
     elif path.is_dir():
         train, test, classes = _folder(path, data.image_size)
     else:
@@ -63,8 +64,7 @@ def read(data: Data) -> tuple[Split, Split, tuple[str, ...], dict]:
 def _check_size(image: np.ndarray, first: np.ndarray, source: str) -> None:
     if image.shape != first.shape:
         raise ValueError(
-            f"Expected images of one size. Received: {source} with {first.shape[:2]} and {image.shape[:2]}. "
-            "Resize them: --set data.image_size=160"
+            f"Expected images of one size. Received: {source} with {first.shape[:2]} and {image.shape[:2]}. {_RESIZE}."
         )
 
 
@@ -93,7 +93,7 @@ def _fake(size: int) -> tuple[Split, Split, tuple[str, ...]]:
     return split(256), split(64), ("dark", "dim", "light", "bright")
 
 
-def _npz(path: pathlib.Path) -> tuple[Split, Split, tuple[str, ...], dict]:
+def _npz(path: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[str, ...], dict]:
     """Arrays written by `nfzoo.data.save`, of old without `FACTS`; object arrays (pickles) are refused."""
     if not path.exists():
         raise FileNotFoundError(f"Expected a file. Received: {path}. Write it with: nfzoo data NAME --to {path}")
@@ -122,6 +122,8 @@ def _npz(path: pathlib.Path) -> tuple[Split, Split, tuple[str, ...], dict]:
         if [facts[key].shape if key in facts else None for key in FACTS] != [(3,), (3,), ()] or min(facts["std"]) <= 0:
             raise ValueError(f"Expected mean and std > 0 of three channels, and a name. Received: {path} with {facts}")
         facts = {"mean": tuple(facts["mean"].tolist()), "std": tuple(facts["std"].tolist()), "name": str(facts["name"])}
+    if size:
+        train, test = (Split(_stack(split.images, size, str(path)), split.labels) for split in (train, test))
     return train, test, tuple(map(str, arrays["classes"])), facts
 
 
@@ -183,7 +185,7 @@ def _stack(images: Iterable[np.ndarray], size: int | None, source: str) -> np.nd
         if total > MAX_BYTES:
             raise ValueError(
                 f"Expected images that fit in {MAX_BYTES >> 30} GiB of memory. Received: {source}, which does not. "
-                "Make them smaller (--set data.image_size=…)."
+                f"{_RESIZE}."
             )
         stacked.append(image)
     return np.stack(stacked) if stacked else np.zeros((0, 1, 1, 3), np.uint8)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,24 @@ def test_dry_run_resolves_and_writes_nothing(call, tmp_path):
 def test_help(command, call):
     status, out, _ = call(*command.split(), "--help")
     assert status == 0 and "Usage" in out
+
+
+@pytest.fixture
+def folder_of_two_sizes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sizes")
+    for name, side in (("ants", 32), ("bees", 40)):
+        (root / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (side, 32), (40 * i, 0, 0)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(("command", "to"), [(["data"], "a.npz"), (["spp", "sn_test_ffnn", "--data"], "a.png")])
+def test_what_is_advised_for_images_of_several_sizes_works(command, to, folder_of_two_sizes, call, tmp_path):
+    command = [*command, folder_of_two_sizes, "--to", tmp_path / to]
+    status, _, err = call(*command)
+    assert status == 1 and "--set data.image_size=160 of train and scan" in err
+    assert call(*command, *re.search("--image-size 160", err)[0].split())[0] == 0 and (tmp_path / to).exists()
 
 
 MISTAKES = {

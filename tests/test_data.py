@@ -124,6 +124,7 @@ def test_arrays_round_trip(tmp_path, digits):
     again = data.load(Data(name=str(path)), seed=3)
     np.testing.assert_array_equal(again.train.images, digits.train.images)
     np.testing.assert_array_equal(again.test.labels, digits.test.labels)
+    assert data.load(Data(name=str(path), image_size=8)).test.images.shape == (360, 8, 8, 3)
     assert (again.classes, again.name, again.mean) == (digits.classes, "digits", digits.mean)
     assert list(tmp_path.iterdir()) == [path]
 
