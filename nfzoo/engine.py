@@ -24,7 +24,7 @@ from rich.console import Console
 import nfzoo
 from nfzoo import callbacks, data, recipes, registry, spp
 from nfzoo.agc import AGC
-from nfzoo.files import atomic
+from nfzoo.files import atomic, finite, to_json
 
 PROBE_SIZE = 128
 # Arguments of `nfzoo.build` that follow from the data, or from training on logits.
@@ -170,7 +170,7 @@ def _result(out: pathlib.Path, resolved: dict) -> dict | None:
             raise ValueError(
                 f"Expected options.json of a run. Received: {record}, which is damaged; remove it"
             ) from None
-        differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(json.dumps(resolved[k]))]
+        differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(to_json(resolved[k]))]
         if differing:
             raise ValueError(
                 f"Expected the folder of this run. Received: {out}, which holds another one: its "
@@ -242,8 +242,7 @@ def _metrics(net, test, guard: callbacks.StopOnNaN, history: list[dict], seconds
         **{f"test_{k}": float(v) for k, v in result.items()},
         **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
     }
-    # JSON has no word for NaN.
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    return finite(metrics)  # as metrics.json will have it
 
 
 def _finish(out: pathlib.Path, metrics: dict, keep_model: bool) -> None:
@@ -261,7 +260,7 @@ def _finish(out: pathlib.Path, metrics: dict, keep_model: bool) -> None:
 
 def _write_json(path: pathlib.Path, content: dict) -> None:
     with atomic(path) as partial:
-        partial.write_text(json.dumps(content, indent=1))
+        partial.write_text(to_json(content, indent=1))
 
 
 def read_options(folder: str | pathlib.Path) -> dict:
@@ -324,4 +323,4 @@ def evaluate(folder: str | pathlib.Path, source: str | None = None, data_dir: st
     mean, std = options["images"]["mean"], options["images"]["std"]
     batches = data.Batches(images.test, recipe.batch_size, mean, std)
     result = net.evaluate(batches, verbose=0, return_dict=True)
-    return {"images": len(images.test), **{k: float(np.round(v, 6)) for k, v in result.items()}}
+    return finite({"images": len(images.test), **{k: float(np.round(v, 6)) for k, v in result.items()}})

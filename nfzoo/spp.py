@@ -10,7 +10,10 @@ section 3; population variance):
 For a kernel the "channel" is the unit that AGC clips (an output channel, or a channel of a depthwise kernel). With
 `definition="poster"` tensors of rank 2 or less, and all weights, are taken as one flat vector: acsm is then mean(x^2)
 and acv the variance over everything, as in the poster's figures. Its weights are what PyTorch calls so: the kernels and
-the scale (gamma) of a normalization. Plots and pandas read the log, never the model.
+the scale (gamma) of a normalization.
+
+Plots and pandas read the log, never the model. In the log null stands for a statistic that is not finite (NaN or
+infinity, which JSON cannot write); `read` gives it back as NaN.
 """
 
 import fnmatch
@@ -28,7 +31,7 @@ from keras import ops
 
 from nfzoo import agc
 from nfzoo.backend import signals, sync
-from nfzoo.files import atomic
+from nfzoo.files import atomic, to_json
 
 KINDS = ("activation", "weight", "effective_weight", "gradient", "weight_gradient")
 WHAT = ("activations", "weights", "gradients")
@@ -221,7 +224,7 @@ class SignalLog:
 
     def append(self, records: Sequence[dict]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(record) + "\n" for record in records)
+        lines = "".join(to_json(record) + "\n" for record in records)
         with self.path.open("a+b") as file:
             if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
                 lines = "\n" + lines  # the last writer was killed: do not add to its broken line
@@ -235,18 +238,18 @@ class SignalLog:
                     records.append(json.loads(line))
                 except json.JSONDecodeError:
                     continue
-        return [r for r in records if isinstance(r, dict)]
+        return [{k: math.nan if v is None else v for k, v in r.items()} for r in records if isinstance(r, dict)]
 
     def rewind(self, step: int) -> None:
         """Drop the records of steps after `step`, for a run that resumes there."""
         kept = [r for r in self.read() if r.get("step", 0) <= step]
         if self.path.exists():
             with atomic(self.path) as partial:
-                partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+                partial.write_text("".join(to_json(record) + "\n" for record in kept))
 
 
 def read(path: str | pathlib.Path) -> pd.DataFrame:
-    """Read a log, or the log of a run's folder, as a table; broken lines are left out.
+    """Read a log, or the log of a run's folder, as a table; broken lines are left out, what is not finite is NaN.
 
     Raises:
         FileNotFoundError: if there is no log.

@@ -230,6 +230,29 @@ def test_other_data_is_standardized_as_the_training_data(whole, tmp_path):
     assert again["accuracy"] == pytest.approx(whole[1]["test_accuracy"], abs=1e-6)
 
 
+def test_every_json_file_of_a_run_is_strict(tmp_path, monkeypatch, console):
+    """A metric that is NaN, beside a loss that is not, comes into the checkpoints' history."""
+
+    def check():
+        for path in (tmp_path / "run").rglob("*.json*"):
+            text = path.read_text()
+            for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+                json.loads(part, parse_constant=pytest.fail)
+
+    original = callbacks.Checkpoints.on_epoch_end
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            callbacks.Checkpoints, "on_epoch_end", lambda self, n, logs: original(self, n, {**logs, "extra": np.nan})
+        )
+        _kill_after(patch, 2)
+        with pytest.raises(_Killed):
+            engine.run(MODEL, _recipe(), tmp_path / "run", console=console)
+    check()
+    assert engine.run(MODEL, _recipe(), tmp_path / "run", console=console)["epochs"] == 4
+    check()
+    assert pd.read_csv(tmp_path / "run" / "history.csv").extra.isna().all()
+
+
 def test_divergence_without_validation_images(tmp_path, console):
     recipe = _recipe(**{
         "optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "agc": "none", "epochs": 1, "batch_size": 512,

@@ -230,6 +230,17 @@ def test_a_log_cut_in_the_middle_is_read(tmp_path):
     assert [r["step"] for r in log.read()] == [0, 1, 9]
 
 
+def test_what_is_not_finite_is_null_in_the_log_and_nan_in_the_table(tmp_path):
+    log = spp.SignalLog(tmp_path / "spp.jsonl")
+    log.append([{"step": 0, "acv": np.nan, "acsm": 1.0}, {"step": 1, "acv": -np.inf, "acsm": np.inf}])
+    log.rewind(1)
+    strict = [json.loads(line, parse_constant=pytest.fail) for line in log.path.read_text().splitlines()]
+    assert strict == [{"step": 0, "acv": None, "acsm": 1.0}, {"step": 1, "acv": None, "acsm": None}]
+    table = spp.read(tmp_path)
+    assert table.acv.dtype == table.acsm.dtype == float and table.acv.isna().all()
+    assert table.acsm.isna().tolist() == [False, True]
+
+
 def test_rewind_keeps_what_came_before(tmp_path):
     log = spp.SignalLog(tmp_path / "spp.jsonl")
     log.append([{"step": i} for i in range(6)])
