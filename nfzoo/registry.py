@@ -10,6 +10,7 @@ import importlib.resources
 import inspect
 import json
 import math
+import numbers
 import operator
 import re
 from collections.abc import Callable
@@ -175,6 +176,10 @@ def resolve_fields(name: Name, overrides: dict) -> tuple[Any, Any]:
             f"build({str(name)!r}) got unexpected keyword(s) {', '.join(unknown)}. Overrides of the variant: "
             f"{', '.join(sorted(of_variant))}; of the architecture: {', '.join(sorted(of_spec))}."
         )
+    for rate in ("dropout_rate", "drop_path_rate"):
+        value = overrides.get(rate, 0)
+        if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+            raise ValueError(f"Expected {rate} in [0, 1), a probability. Received: {rate}={value!r}")
     variant = replace(variant, **{k: v for k, v in overrides.items() if k in of_variant})
     # A field of both (activation) is the variant's to decide.
     return variant, replace(spec, **{k: v for k, v in overrides.items() if k in of_spec - of_variant})
@@ -183,8 +188,11 @@ def resolve_fields(name: Name, overrides: dict) -> tuple[Any, Any]:
 def resolve(name: str, overrides: dict) -> None:
     """Check a name and the overrides of `build` without building; raise as `build` would."""
     if name not in _USER_MODELS:
+        # Some arguments are fields that have been given a name of their own; None leaves them as they are.
+        fields_too = {"dropout_rate", "drop_path_rate", "stem"}
         accepted = set(inspect.signature(build).parameters) - {"architecture", "overrides"}
-        resolve_fields(parse(name), {k: v for k, v in overrides.items() if k not in accepted})
+        left = {k: v for k, v in overrides.items() if k not in accepted or (k in fields_too and v is not None)}
+        resolve_fields(parse(name), left)
 
 
 def _check_shape(shape, minimum: int) -> None:

@@ -156,6 +156,10 @@ MISTAKES = {
     "wrong keyword": (["train", "sn_test_ffnn", "--build", "momentun=0.9"], "momentun"),
     "unknown variant of list": (["list", "--variant", "zz"], "none, bn, gn, sn, nf"),
     "unknown family of list": (["list", "--family", "zz"], "efficientnet, ffnn"),
+    "not a probability": (
+        ["train", "sn_test_ffnn", "--build", "dropout_rate=-1", "--dry-run"],
+        "dropout_rate in [0, 1)",
+    ),
     "unknown recipe": (["train", "sn_test_ffnn", "--recipe", "nfnet"], "poster, demo"),
     "unknown setting": (["train", "sn_test_ffnn", "--set", "optimizer.lr=1"], "learning_rate"),
     "not a setting": (["train", "sn_test_ffnn", "--set", "epochs"], "KEY=VALUE"),

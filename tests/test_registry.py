@@ -1,6 +1,7 @@
 import re
 
 import keras
+import numpy as np
 import pytest
 
 import nfzoo
@@ -40,6 +41,21 @@ def test_unknown_name_gives_close_matches():
 def test_inadmissible_variant_gives_the_admissible_ones():
     with pytest.raises(ValueError, match=r"none, bn, sn.*'nf' in 'nf_ffnn_10x100'"):
         nfzoo.build("nf_ffnn_10x100")
+
+
+@pytest.mark.parametrize("rate", [1.5, -1, 1, "0.5", float("nan")])
+@pytest.mark.parametrize("keyword", ["dropout_rate", "drop_path_rate"])
+def test_rates_are_probabilities(keyword, rate):
+    for function in (nfzoo.build, lambda name, **overrides: registry.resolve(name, overrides)):
+        with pytest.raises(ValueError, match=rf"{keyword} in \[0, 1\).*{keyword}={re.escape(repr(rate))}"):
+            function("sn_test_efficientnet", **{keyword: rate})
+    registry.resolve("sn_test_efficientnet", {keyword: None})
+    assert nfzoo.build("sn_test_efficientnet", **{keyword: np.float32(0.5)}).count_params()
+
+
+def test_a_plain_network_needs_a_fixed_size():
+    with pytest.raises(ValueError, match=r"fixed size.*input_shape=\(None, None, 3\)"):
+        nfzoo.build("sn_test_ffnn", input_shape=(None, None, 3))
 
 
 def test_registered_models(monkeypatch):
