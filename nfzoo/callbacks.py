@@ -48,7 +48,7 @@ class ShowProgress(keras.callbacks.Callback):
             self.bar.remove_task(self.task)
         left = (time.perf_counter() - self.began) / self.seen * (self.params["epochs"] - epoch - 1)
         (self.bar.console if self.bar else self.console).print(
-            f"{line}  {int(left // 60)}:{int(left % 60):02d} left", highlight=False, soft_wrap=True
+            f"{line}  {int(left // 60)}:{int(left % 60):02d} left", markup=False, highlight=False, soft_wrap=True
         )
 
     def on_train_end(self, logs=None) -> None:

@@ -60,6 +60,10 @@ def _overrides(items: list[str] | None) -> dict:
     return {key: recipes.parse_value(value) for key, value in _pairs(items).items()}
 
 
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)  # a path may hold [brackets]
+
+
 @contextlib.contextmanager
 def quiet_start():
     """Import Keras and wake its backend without the start-up notes that TensorFlow writes past every setting."""
@@ -102,7 +106,7 @@ def list_(
     for info in infos:
         counts = (f"{info.parameters:,}", f"{info.multiply_adds / 1e6:,.1f} M")
         view.add_row(info.name, str(info.input_size), *counts, "yes" if info.batch_independent else "no")
-    console.print(view if infos else f"No model matches {pattern!r}.")
+    console.print(view if infos else f"No model matches {pattern!r}.", markup=False)
 
 
 @app.command()
@@ -235,7 +239,7 @@ def spp(
             logs[source if name in logs else name] = read(source)
         else:
             logs[source] = _at_initialisation(source, images, taps, seed, _overrides(build))
-    console.print(f"wrote {plots.save(plots.signal_propagation(logs), to)}", soft_wrap=True)
+    _say(f"wrote {plots.save(plots.signal_propagation(logs), to)}")
 
 
 def _at_initialisation(model: str, source, taps: str, seed: int, overrides: dict):
@@ -296,7 +300,7 @@ def scan(
     results = tune.scan(models, rates, resolved, out, seeds=chosen, overrides=overrides, console=console)
     picture = plots.save(plots.scan(tune.summary(results)), out / "scan.png")
     console.print(tune.table(results))
-    console.print(f"wrote {out / 'scan.csv'} and {picture}", soft_wrap=True)
+    _say(f"wrote {out / 'scan.csv'} and {picture}")
 
 
 def _numbers(text: str, kind: type, option: str) -> list:
@@ -318,10 +322,7 @@ def export(
 
     entry = export(run, to, format)
     difference = entry["largest_relative_difference"]
-    console.print(
-        f"wrote {to}, reloaded and compared on real images: largest relative difference {difference:.1e}",
-        soft_wrap=True,
-    )
+    _say(f"wrote {to}, reloaded and compared on real images: largest relative difference {difference:.1e}")
 
 
 @app.command()
@@ -337,7 +338,7 @@ def data(
     from nfzoo import recipes
 
     path = data_module.save(recipes.Data(name=name, data_dir=data_dir, image_size=image_size), to)
-    console.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); read it with --data {path}", soft_wrap=True)
+    _say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); read it with --data {path}")
 
 
 def _told(error: Exception) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 import nfzoo
 from nfzoo import callbacks, data, recipes, registry, spp
@@ -122,7 +123,7 @@ def run(
     console, out = console or Console(), pathlib.Path(out)
     resolved = options(model, recipe, overrides)
     if (done := _result(out, resolved)) is not None:
-        console.print(f"{out}: {done['status']} already, nothing to do", soft_wrap=True)
+        console.print(f"{out}: {done['status']} already, nothing to do", markup=False, soft_wrap=True)
         return done
 
     keras.utils.set_random_seed(recipe.seed)
@@ -204,7 +205,8 @@ def _precision(policy: str):
 
 def _restore(out: pathlib.Path, console: Console) -> tuple[keras.Model, int, list[dict]] | None:
     folder = out / "checkpoints"
-    found = callbacks.latest(folder, lambda text: console.print(f"[yellow]warning:[/] {text}", soft_wrap=True))
+    warn = lambda text: console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)  # noqa: E731
+    found = callbacks.latest(folder, warn)
     if found is None:
         if callbacks.pairs(folder):
             raise ValueError(
@@ -212,7 +214,7 @@ def _restore(out: pathlib.Path, console: Console) -> tuple[keras.Model, int, lis
             )
         return None
     path, description = found
-    console.print(f"resuming {out} after epoch {description['epoch']}", soft_wrap=True)
+    console.print(f"resuming {out} after epoch {description['epoch']}", markup=False, soft_wrap=True)
     net = keras.saving.load_model(path)
     for variable, value in zip(callbacks.random_states(net), description["random"], strict=True):
         variable.assign(np.array(value, variable.dtype))

@@ -37,7 +37,7 @@ class Scan(keras_tuner.GridSearch):
         changes = {"optimizer.learning_rate": values["learning_rate"], "seed": values["seed"]}
         recipe = recipes.override(self.recipe, changes)
         folder = self.out / trial_name(values["model"], values["learning_rate"], values["seed"])
-        self.console.print(f"[bold]{folder.name}[/]")
+        self.console.print(folder.name, style="bold", markup=False)
         keras.utils.clear_session()  # else the graphs of all trials stay in memory
         try:
             metrics = engine.run(

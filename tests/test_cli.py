@@ -109,6 +109,15 @@ def test_data_writes_arrays(call, tmp_path):
     assert json.loads(resolved)["recipe"]["data"]["name"].endswith("fake.npz")
 
 
+def test_brackets_in_paths_are_printed(call, tmp_path):
+    folder = tmp_path / "[red]x[/]" / "[/bold]"
+    assert f"wrote {folder / 'a.npz'} (" in call("data", "fake", "--to", folder / "a.npz")[1].replace("\n", "")
+    for said in ("epoch 1/1", f"{folder / 'run'}: complete already"):
+        status, out, _ = call("train", "sn_test_ffnn", *TINY, "--epochs", 1, "--taps", "none", "--out", folder / "run")
+        assert status == 0 and said in out.replace("\n", "")
+    assert "No model matches '[red]x'." in call("list", "[red]x")[1]
+
+
 def test_dry_run_resolves_and_writes_nothing(call, tmp_path):
     status, out, _ = call(
         "train", "bn_efficientnet_b0", "--recipe", "poster", "--lr", "0.01", "--seed", "67", "--set", "agc=0.02",

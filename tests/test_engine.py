@@ -108,11 +108,13 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(whole, model, epoch, tmp_path
 
 
 def test_ctrl_c_resumes(tmp_path, monkeypatch, console):
+    folder = tmp_path / "[red]run"
     with monkeypatch.context() as patch:
         _kill_after(patch, 1, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
-            engine.run(MODEL, _recipe(epochs=2), tmp_path / "run", taps=None, console=console)
-    assert engine.run(MODEL, _recipe(epochs=2), tmp_path / "run", taps=None, console=console)["epochs"] == 2
+            engine.run(MODEL, _recipe(epochs=2), folder, taps=None, console=console)
+    assert engine.run(MODEL, _recipe(epochs=2), folder, taps=None, console=console)["epochs"] == 2
+    assert "[red]run after epoch 1" in console.export_text()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no description", "half a description"])
