@@ -67,9 +67,12 @@ def environment() -> dict:
 
 
 def _commit() -> str | None:
-    folder = pathlib.Path(nfzoo.__file__).parent
+    """Commit of nfzoo's own checkout; None for an installed package, whatever repository its folder lies in."""
+    root = pathlib.Path(nfzoo.__file__).parents[1]
+    if not ((root / ".git").exists() and (root / "setup.py").exists()):
+        return None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     return None
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import pathlib
+import subprocess
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+import nfzoo
 from nfzoo import callbacks, data, engine, recipes, spp
 
 MODEL = "sn_test_ffnn"
@@ -277,6 +279,20 @@ def test_mixed_precision_policy_is_the_runs_alone(tmp_path, console):
     engine.run(MODEL, recipe, tmp_path / "run", taps=None, console=console)
     assert keras.config.dtype_policy().name == "float32"
     assert engine.load_run(tmp_path / "run").get_layer("hidden_linear1").compute_dtype == "bfloat16"
+
+
+def test_the_commit_recorded_is_that_of_nfzoos_own_checkout(tmp_path, monkeypatch):
+    """Not of a project around an installed package, nor of one that has a folder nfzoo at its top."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a project"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    for site in (tmp_path / "lib" / "site-packages", tmp_path):
+        monkeypatch.setattr(nfzoo, "__file__", str(site / "nfzoo" / "__init__.py"))
+        (site / "nfzoo").mkdir(parents=True)
+        assert engine._commit() is None
+    (tmp_path / "setup.py").touch()
+    assert head.startswith(engine._commit().removesuffix("-dirty"))
 
 
 def test_progress_is_plain_lines_without_a_terminal(tmp_path, console):
