@@ -342,14 +342,14 @@ def data(
 
 
 def _told(error: Exception) -> str:
-    """Say an error; one that nobody foresaw by its type and the lines that are not part of TensorFlow's own trace."""
+    """Say an error in one line, without the trace that TensorFlow puts into its messages."""
     if isinstance(error, MemoryError) or "ResourceExhausted" in type(error).__name__ or "RESOURCE_EXH" in str(error):
         return "error: Out of memory. Try smaller images, or a smaller batch: train and scan take --set batch_size=…"
-    if isinstance(error, ValueError | TypeError | OSError | ImportError | RuntimeError):
-        return f"error: {error}"
     trace = ("File ", "[[", "Graph execution error", "Detected at node")
     lines = [line.strip() for line in str(error).splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(trace))
+    if isinstance(error, ValueError | TypeError | OSError | ImportError | RuntimeError):
+        return f"error: {message}"
     return f"Unexpected error: {type(error).__name__}: {message}; set NFZOO_TRACEBACK=1 to see where"
 
 

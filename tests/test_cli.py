@@ -203,6 +203,7 @@ TRACE = 'Graph execution error:\n\nDetected at node loss defined at:\n  File "a.
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
+        (ValueError("Keras says\n\nin several lines"), "error: Keras says in several lines"),
         (KeyError("stage9"), "Unexpected error: KeyError: 'stage9'; set NFZOO_TRACEBACK=1 to see where"),
         (
             tf.errors.InvalidArgumentError(None, None, f"{TRACE}A label of 99\n\t [[{{{{node loss}}}}]]"),
