@@ -19,11 +19,25 @@ _HOME = {
     "NFModel": "nfzoo.trainer",
     "SignalPropagation": "nfzoo.spp",
     "build": "nfzoo.registry",
-    "list_models": "nfzoo.registry",
+    "list_models": "nfzoo.names",
     "model_info": "nfzoo.registry",
-    "register_model": "nfzoo.registry",
+    "register_model": "nfzoo.names",
+    "set_head": "nfzoo.registry",
 }
-_MODULES = ("agc", "data", "engine", "export", "layers", "numerics", "plots", "recipes", "spp", "tune", "weights")
+_MODULES = (
+    "agc",
+    "convert",
+    "data",
+    "engine",
+    "export",
+    "layers",
+    "numerics",
+    "plots",
+    "recipes",
+    "spp",
+    "tune",
+    "weights",
+)
 
 __all__ = sorted([*_HOME, *_MODULES])
 

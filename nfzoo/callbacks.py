@@ -10,7 +10,7 @@ import keras
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nfzoo.files import atomic, sha256
+from nfzoo.files import atomic, sha256, to_json
 
 
 class ShowProgress(keras.callbacks.Callback):
@@ -48,7 +48,7 @@ class ShowProgress(keras.callbacks.Callback):
             self.bar.remove_task(self.task)
         left = (time.perf_counter() - self.began) / self.seen * (self.params["epochs"] - epoch - 1)
         (self.bar.console if self.bar else self.console).print(
-            f"{line}  {int(left // 60)}:{int(left % 60):02d} left", highlight=False, soft_wrap=True
+            f"{line}  {int(left // 60)}:{int(left % 60):02d} left", markup=False, highlight=False, soft_wrap=True
         )
 
     def on_train_end(self, logs=None) -> None:
@@ -116,7 +116,7 @@ class Checkpoints(keras.callbacks.Callback):
         random = [keras.ops.convert_to_numpy(v).tolist() for v in random_states(self.model)]
         description = {"epoch": epoch + 1, "sha256": digest, "history": self.history, "random": random}
         with atomic(path.with_suffix(".json")) as partial:
-            partial.write_text(json.dumps(description))
+            partial.write_text(to_json(description))
         write_history(self.folder.parent / "history.csv", self.history)
         for old in pairs(self.folder)[2:]:
             old.with_suffix(".json").unlink(missing_ok=True)

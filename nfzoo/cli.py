@@ -25,6 +25,7 @@ Source = Annotated[
     str | None, typer.Option("--data", help="digits, fake, a tfds name, a folder of images by class, or FILE.npz")
 ]
 DataDir = Annotated[str | None, typer.Option(help="folder of tensorflow-datasets; default: TFDS_DATA_DIR")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="resize to squares of this many pixels")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="demo or poster, see nfzoo.recipes.RECIPES")]
 Settings = Annotated[
     list[str] | None,
@@ -59,6 +60,10 @@ def _overrides(items: list[str] | None) -> dict:
     return {key: recipes.parse_value(value) for key, value in _pairs(items).items()}
 
 
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)  # a path may hold [brackets]
+
+
 @contextlib.contextmanager
 def quiet_start():
     """Import Keras and wake its backend without the start-up notes that TensorFlow writes past every setting."""
@@ -88,9 +93,9 @@ def list_(
     """List models with parameters and multiply-adds."""
     from dataclasses import asdict
 
-    from nfzoo import registry
+    from nfzoo import names, registry
 
-    infos = [registry.model_info(name) for name in registry.list_models(pattern, variant=variant, family=family)]
+    infos = [registry.model_info(name) for name in names.list_models(pattern, variant=variant, family=family)]
     if as_json:
         print(json.dumps([asdict(info) for info in infos]))
         return
@@ -101,7 +106,7 @@ def list_(
     for info in infos:
         counts = (f"{info.parameters:,}", f"{info.multiply_adds / 1e6:,.1f} M")
         view.add_row(info.name, str(info.input_size), *counts, "yes" if info.batch_independent else "no")
-    console.print(view if infos else f"No model matches {pattern!r}.")
+    console.print(view if infos else f"No model matches {pattern!r}.", markup=False)
 
 
 @app.command()
@@ -115,7 +120,7 @@ def info(
     """Tell what a model is."""
     from dataclasses import asdict
 
-    from nfzoo import registry
+    from nfzoo import names, registry
 
     overrides = _overrides(build)
     if not agc:
@@ -128,7 +133,7 @@ def info(
             view.add_row(key.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
         console.print(view)
         return
-    registry.parse(model)
+    names.parse(model)
     with quiet_start():
         from nfzoo.agc import AGC
 
@@ -172,9 +177,9 @@ def train(
         batch_size=batch_size,
     )  # fmt: skip
     overrides = _overrides(build)
-    from nfzoo import registry
+    from nfzoo import names, registry
 
-    registry.parse(model)
+    names.parse(model)
     with quiet_start():
         from nfzoo import engine
 
@@ -212,40 +217,41 @@ def spp(
     to: Annotated[pathlib.Path, typer.Option(help="picture to write")] = pathlib.Path("spp.png"),
     data: Source = "digits",
     data_dir: DataDir = None,
+    image_size: ImageSize = None,
     taps: Annotated[str, typer.Option(help="what to observe of models given by name")] = "blocks",
     seed: Annotated[int, typer.Option(help="of the initialisation")] = 0,
     build: Build = None,
 ) -> None:
     """Draw signal propagation of runs or of freshly initialised models, side by side."""
-    from nfzoo import plots, registry
+    from nfzoo import names, plots, recipes
 
     for source in sources:
         if not pathlib.Path(source).is_dir():
-            registry.parse(source)
+            names.parse(source)
     with quiet_start():
         from nfzoo.spp import read
 
+    images = recipes.Data(name=data, data_dir=data_dir, image_size=image_size)
     logs = {}
     for source in sources:
         if pathlib.Path(source).is_dir():
             name = pathlib.Path(source).name
             logs[source if name in logs else name] = read(source)
         else:
-            logs[source] = _at_initialisation(source, data, data_dir, taps, seed, _overrides(build))
-    console.print(f"wrote {plots.save(plots.signal_propagation(logs), to)}", soft_wrap=True)
+            logs[source] = _at_initialisation(source, images, taps, seed, _overrides(build))
+    _say(f"wrote {plots.save(plots.signal_propagation(logs), to)}")
 
 
-def _at_initialisation(model: str, source: str, data_dir: str | None, taps: str, seed: int, overrides: dict):
+def _at_initialisation(model: str, source, taps: str, seed: int, overrides: dict):
     from nfzoo import registry
 
     registry.resolve(model, overrides)
     import keras
 
     from nfzoo import data as data_module
-    from nfzoo import recipes
     from nfzoo.spp import snapshot
 
-    images = data_module.load(recipes.Data(name=source, data_dir=data_dir), seed)
+    images = data_module.load(source, seed)
     probe = data_module.subset(images.train, 128, seed)
     x, y = data_module.Batches(probe, 128, images.mean, images.std)[0]
     keras.utils.set_random_seed(seed)
@@ -272,10 +278,10 @@ def scan(
     rates = _numbers(lr, float, "--lr")
     chosen = _numbers(seeds, int, "--seeds") if seeds else list(resolved.seeds)
     overrides = _overrides(build)
-    from nfzoo import registry
+    from nfzoo import names, registry
 
     for model in models:
-        registry.parse(model)
+        names.parse(model)
     with quiet_start():
         from nfzoo import engine
     for model in models:
@@ -294,7 +300,7 @@ def scan(
     results = tune.scan(models, rates, resolved, out, seeds=chosen, overrides=overrides, console=console)
     picture = plots.save(plots.scan(tune.summary(results)), out / "scan.png")
     console.print(tune.table(results))
-    console.print(f"wrote {out / 'scan.csv'} and {picture}", soft_wrap=True)
+    _say(f"wrote {out / 'scan.csv'} and {picture}")
 
 
 def _numbers(text: str, kind: type, option: str) -> list:
@@ -316,10 +322,7 @@ def export(
 
     entry = export(run, to, format)
     difference = entry["largest_relative_difference"]
-    console.print(
-        f"wrote {to}, reloaded and compared on real images: largest relative difference {difference:.1e}",
-        soft_wrap=True,
-    )
+    _say(f"wrote {to}, reloaded and compared on real images: largest relative difference {difference:.1e}")
 
 
 @app.command()
@@ -327,7 +330,7 @@ def data(
     name: Annotated[str, typer.Argument(help="digits, fake, a tfds name, or a folder of images by class")],
     to: Annotated[pathlib.Path, typer.Option(help="FILE.npz to write")],
     data_dir: DataDir = None,
-    image_size: Annotated[int | None, typer.Option(help="resize to squares of this many pixels")] = None,
+    image_size: ImageSize = None,
 ) -> None:
     """Write a data set as plain arrays, for machines without TensorFlow."""
     with quiet_start():
@@ -335,11 +338,23 @@ def data(
     from nfzoo import recipes
 
     path = data_module.save(recipes.Data(name=name, data_dir=data_dir, image_size=image_size), to)
-    console.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); read it with --data {path}", soft_wrap=True)
+    _say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); read it with --data {path}")
+
+
+def _told(error: Exception) -> str:
+    """Say an error in one line, without the trace that TensorFlow puts into its messages."""
+    if isinstance(error, MemoryError) or "ResourceExhausted" in type(error).__name__ or "RESOURCE_EXH" in str(error):
+        return "error: Out of memory. Try smaller images, or a smaller batch: train and scan take --set batch_size=…"
+    trace = ("File ", "[[", "Graph execution error", "Detected at node")
+    lines = [line.strip() for line in str(error).splitlines()]
+    message = " ".join(line for line in lines if line and not line.startswith(trace))
+    if isinstance(error, ValueError | TypeError | OSError | ImportError | RuntimeError):
+        return f"error: {message}"
+    return f"Unexpected error: {type(error).__name__}: {message}; set NFZOO_TRACEBACK=1 to see where"
 
 
 def main() -> None:
-    """Entry point: an expected error is one line on stderr and exit status 1; NFZOO_DEBUG=1 shows its origin."""
+    """Entry point: an error is one line on stderr and exit status 1; NFZOO_TRACEBACK=1 shows its origin."""
     # TensorFlow's start-up notes are not about the user's run.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -348,10 +363,11 @@ def main() -> None:
         if stop.code == 130:  # Ctrl-C
             Console(stderr=True).print("interrupted; the same command resumes")
         raise
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if os.environ.get("NFZOO_DEBUG"):
+    except Exception as error:
+        if os.environ.get("NFZOO_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        kind, _, text = _told(error).partition(":")
+        Console(stderr=True).print(f"[red]{kind}:[/]{escape(text)}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -6,41 +6,26 @@ seen, and nothing here needs TensorFlow unless a tensorflow-datasets name is ask
 
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
 
+from nfzoo import sources
 from nfzoo.files import atomic
 from nfzoo.recipes import Augment, Data
+from nfzoo.sources import Split
 
-MAX_BYTES = 8 * 2**30
 # Channel constants of x / 255 that the literature uses; any other set's are computed from its training images.
 CONSTANTS = {
     "cifar100": ((0.5070751592, 0.4865488733, 0.4409178433), (0.2673342859, 0.2564384629, 0.2761504713)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 }
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (n, height, width, 3) uint8 in [0, 255] and labels (n,) int32."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, index) -> "Split":
-        return Split(self.images[index], self.labels[index])
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set in memory; mean and std are per channel, of x / 255."""
+    """A data set in memory; mean and std are per channel, of x / 255; `name` outlives a copy as .npz."""
 
     train: Split
     validation: Split
@@ -48,6 +33,7 @@ class Images:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    name: str
 
 
 def load(data: Data, seed: int = 0) -> Images:
@@ -67,29 +53,20 @@ def load(data: Data, seed: int = 0) -> Images:
         >>> len(images.train), len(images.validation), len(images.test), images.train.images.shape[1:]
         (1150, 287, 360, (32, 32, 3))
     """
-    train, test, classes = _read(data)
-    if len(train) == 0 or len(test) == 0:
-        raise ValueError(
-            f"Expected training and test images. Received: {data.name!r} with {len(train)} and {len(test)}"
-        )
-    mean, std = CONSTANTS.get(data.name) or _constants(train.images)
-    order = np.random.default_rng([seed, 1]).permutation(len(train))
-    held_out = round(len(train) * data.validation_fraction)
-    chosen = order[held_out:][: data.limit]
-    return Images(train.take(chosen), train.take(order[:held_out][: data.limit]), test, classes, mean, std)
+    whole = _whole(data)
+    order = np.random.default_rng([seed, 1]).permutation(len(whole.train))
+    held_out = round(len(order) * data.validation_fraction)
+    train, validation = order[held_out:][: data.limit], order[:held_out][: data.limit]
+    return replace(whole, train=whole.train.take(train), validation=whole.train.take(validation))
 
 
-def _read(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
-    path = pathlib.Path(data.name)
-    if data.name == "digits":
-        return _digits(data.image_size or 32)
-    if data.name == "fake":
-        return _fake(data.image_size or 32)
-    if path.suffix == ".npz":
-        return _npz(path)
-    if path.is_dir():
-        return _folder(path, data.image_size)
-    return _tfds(data)
+def _whole(data: Data) -> Images:
+    """All that a set has, no validation images split off yet."""
+    train, test, classes, facts = sources.read(data)
+    if not facts:
+        mean, std = CONSTANTS.get(data.name) or _constants(train.images)
+        facts = {"mean": mean, "std": std, "name": data.name}
+    return Images(train, train.take(slice(0)), test, classes, **facts)
 
 
 def _constants(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -104,181 +81,24 @@ def _constants(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _digits(size: int) -> tuple[Split, Split, tuple[str, ...]]:
-    """The 1,797 real 8x8 scans of scikit-learn (UCI optical digits), enlarged."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    scans = load_digits()
-    images = np.stack([_resize((scan * 255 / 16).astype(np.uint8), size) for scan in scans.images])
-    x, xt, y, yt = train_test_split(
-        images, scans.target.astype(np.int32), test_size=0.2, random_state=0, stratify=scans.target
-    )
-    return Split(x, y), Split(xt, yt), tuple(map(str, range(10)))
-
-
-def _fake(size: int) -> tuple[Split, Split, tuple[str, ...]]:
-    """Noise whose brightness tells the class: quick to make and learnable, for tests and dry runs."""
-    rng = np.random.default_rng(0)
-
-    def split(n):
-        labels = rng.integers(0, 4, n).astype(np.int32)
-        noise = rng.integers(0, 64, (n, size, size, 3))
-        return Split((noise + 48 * labels[:, None, None, None]).astype(np.uint8), labels)
-
-    return split(256), split(64), ("dark", "dim", "light", "bright")
-
-
-def _npz(path: pathlib.Path) -> tuple[Split, Split, tuple[str, ...]]:
-    """Arrays written by `save`; object arrays (pickles) are refused."""
-    if not path.exists():
-        raise FileNotFoundError(f"Expected a file. Received: {path}. Write it with: nfzoo data NAME --to {path}")
-    wanted = ("train_images", "train_labels", "test_images", "test_labels", "classes")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:
-        raise ValueError(
-            f"Expected an .npz file of plain arrays. Received: {path}, which fails with: {error}"
-        ) from None
-    missing = [key for key in wanted if key not in arrays]
-    if missing:
-        raise ValueError(f"Expected the arrays {', '.join(wanted)}. Received: {path} without {', '.join(missing)}")
-    train, test = (Split(arrays[f"{s}_images"], arrays[f"{s}_labels"].astype(np.int32)) for s in ("train", "test"))
-    for split in (train, test):
-        if split.images.ndim != 4 or split.images.dtype != np.uint8 or len(split.images) != len(split.labels):
-            raise ValueError(
-                f"Expected uint8 images (n, height, width, 3) and n labels. Received: {path} with "
-                f"{split.images.dtype} {split.images.shape} and {len(split.labels)} labels"
-            )
-        if len(split) and not 0 <= split.labels.min() <= split.labels.max() < len(arrays["classes"]):
-            raise ValueError(f"Expected labels of {len(arrays['classes'])} classes. Received: {path} with others")
-    return train, test, tuple(map(str, arrays["classes"]))
-
-
 def save(data: Data, path: str | pathlib.Path) -> pathlib.Path:
-    """Write a data set as plain arrays that `Data(name="FILE.npz")` reads anywhere, without TensorFlow."""
+    """Write a data set as plain arrays that `Data(name="FILE.npz")` reads anywhere, without TensorFlow.
+
+    Its name and its channel constants go with it: those of the literature are known by the name of the set.
+
+    Raises:
+        ValueError: for another ending than .npz, and as `load`.
+    """
     path = pathlib.Path(path)
     if path.suffix != ".npz":
         raise ValueError(f"Expected a path that ends with .npz. Received: {path}")
-    train, test, classes = _read(data)
-    arrays = {f"{k}_{f}": getattr(s, f) for k, s in (("train", train), ("test", test)) for f in ("images", "labels")}
+    whole = _whole(data)
+    splits = {"train": whole.train, "test": whole.test}
+    arrays = {f"{name}_{field}": getattr(s, field) for name, s in splits.items() for field in ("images", "labels")}
+    facts = {key: np.array(getattr(whole, key)) for key in ("classes", *sources.FACTS)}
     with atomic(path) as partial:
-        np.savez_compressed(partial, **arrays, classes=np.array(classes))
+        np.savez_compressed(partial, **arrays, **facts)
     return path
-
-
-def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[str, ...]]:
-    """root/<class>/*.png, or root/train/<class>/… beside root/test or root/val; without one, a fifth is held out."""
-    train = root / "train" if (root / "train").is_dir() else root
-    test = next((root / n for n in ("test", "val", "validation") if train != root and (root / n).is_dir()), None)
-    classes = tuple(sorted(p.name for p in train.iterdir() if p.is_dir()))
-
-    def read(folder):
-        files = [
-            (p, label)
-            for label, name in enumerate(classes)
-            for p in sorted((folder / name).glob("*"))
-            if p.suffix.lower() in _SUFFIXES
-        ]
-        if not files:
-            kinds = ", ".join(sorted(_SUFFIXES))
-            raise ValueError(f"Expected images ({kinds}) in folders named by class. Received: {folder}, which has none")
-        return Split(_stack((_open(p) for p, _ in files), size, str(folder)), np.array([y for _, y in files], np.int32))
-
-    split = read(train)
-    if test is not None:
-        return split, read(test), classes
-    order = np.random.default_rng(0).permutation(len(split))
-    cut = max(1, len(split) // 5)
-    return split.take(order[cut:]), split.take(order[:cut]), classes
-
-
-def _open(path: pathlib.Path) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:
-        raise OSError(f"Expected an image. Received: {path}, which cannot be read: {error}") from None
-
-
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Shorter side to `size`, then the centre square; grey becomes three equal channels."""
-    from PIL import Image
-
-    picture = Image.fromarray(image.squeeze()).convert("RGB")
-    scale = size / min(picture.size)
-    picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in picture.size)
-    return np.asarray(picture.crop((left, top, left + size, top + size)))
-
-
-def _stack(images: Iterable[np.ndarray], size: int | None, source: str) -> np.ndarray:
-    stacked, total = [], 0
-    for image in images:
-        image = _resize(image, size) if size or image.shape[-1] != 3 else image
-        if stacked and image.shape != stacked[0].shape:
-            raise ValueError(
-                f"Expected images of one size. Received: {source} with {stacked[0].shape[:2]} and {image.shape[:2]}. "
-                "Resize them: --set data.image_size=160"
-            )
-        total += image.nbytes
-        if total > MAX_BYTES:
-            raise ValueError(
-                f"Expected images that fit in {MAX_BYTES >> 30} GiB of memory. Received: {source}, which does not. "
-                "Make them smaller (--set data.image_size=…)."
-            )
-        stacked.append(image)
-    return np.stack(stacked) if stacked else np.zeros((0, 1, 1, 3), np.uint8)
-
-
-def _tfds(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"Expected tensorflow-datasets to read {data.name!r}. Received: {error}. Where TensorFlow is installed, "
-            "write the set as arrays (nfzoo data NAME --to FILE.npz) and pass --data FILE.npz."
-        ) from None
-
-    known = "digits, fake, a folder of images by class, an .npz file, or a tensorflow-datasets name"
-    try:
-        builder = tfds.builder(data.name, data_dir=data.data_dir)
-    except Exception as error:
-        raise FileNotFoundError(
-            f"Expected a data set: {known}. Received: {data.name!r}. {_first_line(error)}"
-        ) from None
-    splits = builder.info.splits
-    if "train" not in splits:
-        try:
-            builder.download_and_prepare()
-        except Exception as error:
-            raise FileNotFoundError(
-                f"Expected {data.name!r} prepared under {builder.data_dir}. It is not, and it cannot be downloaded: "
-                f"{_first_line(error)}. Say where it is with --data-dir or TFDS_DATA_DIR, or use --data digits."
-            ) from None
-        splits = builder.info.splits
-    held_out = next((name for name in ("test", "validation") if name in splits), None)
-    if held_out is None or builder.info.supervised_keys is None:
-        raise ValueError(f"Expected labelled images with a test or validation split. Received: {data.name!r}")
-
-    def read(split):
-        labels = []
-
-        def images() -> Iterator[np.ndarray]:
-            for image, label in tfds.as_numpy(builder.as_dataset(split=split, as_supervised=True)):
-                labels.append(label)
-                yield image
-
-        return Split(_stack(images(), data.image_size, data.name), np.array(labels, np.int32))
-
-    return read("train"), read(held_out), tuple(builder.info.features[builder.info.supervised_keys[1]].names)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
 class Batches(keras.utils.PyDataset):
@@ -360,12 +180,7 @@ def transform(images: np.ndarray, augment: Augment, rng: np.random.Generator) ->
 
 def pipeline(images: Images, recipe) -> dict[str, Batches]:
     """The three streams of a run: train (shuffled, augmented), validation, test."""
-    common = {
-        "batch_size": recipe.batch_size,
-        "mean": images.mean,
-        "std": images.std,
-        "seed": recipe.seed,
-    }
+    common = {"batch_size": recipe.batch_size, "mean": images.mean, "std": images.std, "seed": recipe.seed}
     on_validation = recipe.augment if recipe.augment.on_validation else None
     return {
         "train": Batches(images.train, shuffle=True, augment=recipe.augment, **common),

@@ -20,11 +20,12 @@ from typing import Any
 import keras
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 import nfzoo
 from nfzoo import callbacks, data, recipes, registry, spp
 from nfzoo.agc import AGC
-from nfzoo.files import atomic
+from nfzoo.files import atomic, finite, to_json
 
 PROBE_SIZE = 128
 # Arguments of `nfzoo.build` that follow from the data, or from training on logits.
@@ -66,9 +67,12 @@ def environment() -> dict:
 
 
 def _commit() -> str | None:
-    folder = pathlib.Path(nfzoo.__file__).parent
+    """Commit of nfzoo's own checkout; None for an installed package, whatever repository its folder lies in."""
+    root = pathlib.Path(nfzoo.__file__).parents[1]
+    if not ((root / ".git").exists() and (root / "setup.py").exists()):
+        return None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     return None
 
@@ -122,7 +126,7 @@ def run(
     console, out = console or Console(), pathlib.Path(out)
     resolved = options(model, recipe, overrides)
     if (done := _result(out, resolved)) is not None:
-        console.print(f"{out}: {done['status']} already, nothing to do", soft_wrap=True)
+        console.print(f"{out}: {done['status']} already, nothing to do", markup=False, soft_wrap=True)
         return done
 
     keras.utils.set_random_seed(recipe.seed)
@@ -170,7 +174,7 @@ def _result(out: pathlib.Path, resolved: dict) -> dict | None:
             raise ValueError(
                 f"Expected options.json of a run. Received: {record}, which is damaged; remove it"
             ) from None
-        differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(json.dumps(resolved[k]))]
+        differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(to_json(resolved[k]))]
         if differing:
             raise ValueError(
                 f"Expected the folder of this run. Received: {out}, which holds another one: its "
@@ -188,7 +192,7 @@ def _result(out: pathlib.Path, resolved: dict) -> dict | None:
 def _record(out: pathlib.Path, resolved: dict, images: data.Images) -> None:
     """Write what this run is, once data and model are there: a mistake in their names leaves no folder behind."""
     if not (out / "options.json").exists():
-        constants = {"mean": list(images.mean), "std": list(images.std), "classes": list(images.classes)}
+        constants = {key: getattr(images, key) for key in ("name", "mean", "std", "classes")}
         _write_json(out / "options.json", {**resolved, "images": constants, **environment()})
 
 
@@ -204,7 +208,8 @@ def _precision(policy: str):
 
 def _restore(out: pathlib.Path, console: Console) -> tuple[keras.Model, int, list[dict]] | None:
     folder = out / "checkpoints"
-    found = callbacks.latest(folder, lambda text: console.print(f"[yellow]warning:[/] {text}", soft_wrap=True))
+    warn = lambda text: console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)  # noqa: E731
+    found = callbacks.latest(folder, warn)
     if found is None:
         if callbacks.pairs(folder):
             raise ValueError(
@@ -212,7 +217,7 @@ def _restore(out: pathlib.Path, console: Console) -> tuple[keras.Model, int, lis
             )
         return None
     path, description = found
-    console.print(f"resuming {out} after epoch {description['epoch']}", soft_wrap=True)
+    console.print(f"resuming {out} after epoch {description['epoch']}", markup=False, soft_wrap=True)
     net = keras.saving.load_model(path)
     for variable, value in zip(callbacks.random_states(net), description["random"], strict=True):
         variable.assign(np.array(value, variable.dtype))
@@ -242,8 +247,7 @@ def _metrics(net, test, guard: callbacks.StopOnNaN, history: list[dict], seconds
         **{f"test_{k}": float(v) for k, v in result.items()},
         **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
     }
-    # JSON has no word for NaN.
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    return finite(metrics)  # as metrics.json will have it
 
 
 def _finish(out: pathlib.Path, metrics: dict, keep_model: bool) -> None:
@@ -261,7 +265,7 @@ def _finish(out: pathlib.Path, metrics: dict, keep_model: bool) -> None:
 
 def _write_json(path: pathlib.Path, content: dict) -> None:
     with atomic(path) as partial:
-        partial.write_text(json.dumps(content, indent=1))
+        partial.write_text(to_json(content, indent=1))
 
 
 def read_options(folder: str | pathlib.Path) -> dict:
@@ -324,4 +328,4 @@ def evaluate(folder: str | pathlib.Path, source: str | None = None, data_dir: st
     mean, std = options["images"]["mean"], options["images"]["std"]
     batches = data.Batches(images.test, recipe.batch_size, mean, std)
     result = net.evaluate(batches, verbose=0, return_dict=True)
-    return {"images": len(images.test), **{k: float(np.round(v, 6)) for k, v in result.items()}}
+    return finite({"images": len(images.test), **{k: float(np.round(v, 6)) for k, v in result.items()}})

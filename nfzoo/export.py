@@ -76,7 +76,7 @@ def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved
         "build": options["build"],
         "input": {"shape": [None, *x.shape[1:]], "mean": list(images.mean), "std": list(images.std), "of": "x / 255"},
         "classes": list(images.classes),
-        "data": recipe.data.name,
+        "data": images.name,
         "metrics": {k: metrics.get(k) for k in ("test_accuracy", "epochs")},
         "largest_relative_difference": difference,
         "fingerprint": options["fingerprint"],

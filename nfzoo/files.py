@@ -1,9 +1,12 @@
-"""Files that are whole or not there, and their digests."""
+"""Files that are whole or not there, their digests, and JSON that every reader takes."""
 
 import contextlib
 import hashlib
+import json
+import math
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -35,3 +38,22 @@ def sha256(path: str | pathlib.Path) -> str:
     """Digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finite(content: Any) -> Any:
+    """Replace NaN and infinity by None, at any depth: JSON has no word for them. Tuples become lists.
+
+    Example:
+        >>> finite({"loss": float("nan"), "of": [1.5, float("inf")]})
+        {'loss': None, 'of': [1.5, None]}
+    """
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON text; what is not finite is null."""
+    return json.dumps(finite(content), indent=indent, allow_nan=False)

@@ -1,52 +1,24 @@
-"""Names to models: parse a name, list names, build the network, tell what it is.
+"""From a name to a model: build the network, tell what it is. Keras is imported by what builds only."""
 
-Names are generated, `<variant>_<row>`, from the rows of every family and the variants it admits. Keras is imported by
-`build` only, so that listing is quick.
-"""
-
-import difflib
-import fnmatch
 import importlib.resources
 import inspect
 import json
 import math
+import numbers
 import operator
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import Any
 
-from nfzoo.models import efficientnet, ffnn, nfnet, regnet, resnet
+from nfzoo.names import FAMILIES, USER_MODELS, parse, resolve_fields
 
-FAMILIES: dict[str, ModuleType] = {
-    "efficientnet": efficientnet, "resnet": resnet, "nfnet": nfnet, "regnet": regnet, "ffnn": ffnn,
-}  # fmt: skip
 PREPROCESSING = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet, of x / 255
-_USER_MODELS: dict[str, Callable] = {}
-
-
-@dataclass(frozen=True)
-class Name:
-    """A parsed model name; `overrides` are what a foreign name implies beyond variant and row."""
-
-    variant: str
-    row: str
-    family: str
-    overrides: tuple[tuple[str, Any], ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.variant}_{self.row}"
-
-    @property
-    def spec(self) -> Any:
-        return FAMILIES[self.family].SPECS[self.row]
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What `model_info` tells of a model; multiply-adds at the input size, `test_size` is the paper's for evaluation."""
+    """What `model_info` tells of a model; multiply-adds at the input size; `test_size` is for evaluation."""
 
     name: str
     family: str
@@ -61,166 +33,10 @@ class ModelInfo:
     paper: str
 
 
-@cache
-def names() -> dict[str, Name]:
-    """All generated names, tiny test rows included."""
-    table = {}
-    for family, module in FAMILIES.items():
-        for row in module.SPECS:
-            for variant in module.ADMITS:
-                name = Name(variant, row, family)
-                table[str(name)] = name
-    return table
-
-
-@cache
-def aliases() -> dict[str, Name]:
-    """Names that other libraries use to ours, with the overrides that they imply."""
-    table = {}
-
-    def add(alias, variant, row, **overrides):
-        table[alias] = replace(names()[f"{variant}_{row}"], overrides=tuple(overrides.items()))
-
-    for row in efficientnet.SPECS:
-        if row.startswith("efficientnet_"):
-            add(row, "bn", row)
-            add(f"tf_{row}", "bn", row, dialect="keras")
-            add(f"EfficientNet{row[-2:].upper()}", "bn", row, dialect="keras")
-    for row in resnet.SPECS:
-        if not row.startswith("test_"):
-            add(row, "bn", row)
-    for depth in (50, 101, 152):
-        add(f"ResNet{depth}", "bn", f"resnet{depth}", dialect="keras")
-        add(f"ResNet{depth}V2", "bn", f"resnetv2_{depth}", dialect="keras")
-    add("resnet50_gn", "gn", "resnet50")
-    for row in ("resnet50", "resnet101", "resnet110_cifar"):
-        add(row.replace("res", "eun"), "eun", row)
-    # timm computes DeepMind's checkpoints with its own epsilon and the exact GELU.
-    timm_dm = {"dialect": "timm", "padding": "same", "gamma_in": "activation", "skip_gain": 0.0, "last_gain": 1.0}
-    for row in nfnet.SPECS:
-        add(row, "nf", row)
-        if row.startswith("nfnet_f"):
-            add(f"dm_{row}", "nf", row, **timm_dm)
-        if row.endswith("plus"):
-            add(row.replace("plus", "+"), "nf", row)
-    return table
-
-
-def parse(name: str) -> Name:
-    """Resolve a model name.
-
-    Raises:
-        ValueError: for an unknown name (close matches are given) or a variant that the family does not admit.
-
-    Example:
-        >>> parse("sn_efficientnet_b0")
-        Name(variant='sn', row='efficientnet_b0', family='efficientnet')
-    """
-    if name in names():
-        return names()[name]
-    if name in aliases():
-        return aliases()[name]
-    for module in FAMILIES.values():
-        for row in module.SPECS:
-            if name.endswith(f"_{row}") and re.fullmatch(r"[a-z]+", name.removesuffix(f"_{row}")):
-                raise ValueError(
-                    f"Expected a variant that {row} admits: {', '.join(module.ADMITS)}. "
-                    f"Received: {name.removesuffix(f'_{row}')!r} in {name!r}"
-                )
-    close = difflib.get_close_matches(name, [*names(), *aliases(), *_USER_MODELS], n=4, cutoff=0.5)
-    hint = f" Did you mean {', '.join(close)}?" if close else ""
-    raise ValueError(f"Expected the name of a model. Received: {name!r}.{hint} nfzoo.list_models() lists them.")
-
-
-def list_models(
-    pattern: str = "*", *, variant: str | None = None, family: str | None = None, tests: bool = False
-) -> list[str]:
-    """List model names, naturally sorted.
-
-    Args:
-        pattern: shell wildcards, e.g. "sn_*".
-        variant, family: keep one variant ("bn") or family ("efficientnet").
-        tests: include the tiny rows that tests use.
-
-    Example:
-        >>> list_models("*_efficientnet_b0")
-        ['bn_efficientnet_b0', 'gn_efficientnet_b0', 'nf_efficientnet_b0', 'none_efficientnet_b0', 'sn_efficientnet_b0']
-    """
-    found = [
-        text
-        for text, name in names().items()
-        if (variant in (None, name.variant) and family in (None, name.family))
-        and (tests or not name.row.startswith("test_"))
-    ]
-    if variant is None and family is None:
-        found += _USER_MODELS
-    key = lambda text: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]  # noqa: E731
-    return sorted(fnmatch.filter(found, pattern), key=key)
-
-
-def register_model(function: Callable | None = None, *, name: str | None = None, override: bool = False):
-    """Register a function that builds a model, so that `build`, `list_models` and the engine know it by name.
-
-    Args:
-        function: takes the keyword arguments of `build` that it understands, returns a `keras.Model`.
-        name: default: the function's.
-        override: replace an existing registration.
-
-    Raises:
-        ValueError: if the name is taken.
-
-    Example:
-        >>> @register_model(override=True)
-        ... def my_net(*, classes=10, **kwargs):
-        ...     return build("nf_test_efficientnet", classes=classes, **kwargs)
-        >>> "my_net" in list_models("my_*")
-        True
-    """
-
-    def decorate(function):
-        key = name or function.__name__
-        if key in names() or key in aliases() or (key in _USER_MODELS and not override):
-            raise ValueError(
-                f"Expected a name that is free. Received: {key!r}; pass override=True to replace your own."
-            )
-        _USER_MODELS[key] = function
-        return function
-
-    return decorate if function is None else decorate(function)
-
-
-def resolve_fields(name: Name, overrides: dict) -> tuple[Any, Any]:
-    """Resolve variant and spec: their defaults, then what dialect and variant imply, then the overrides."""
-    from nfzoo.variants import VARIANTS
-
-    module, kind, spec = FAMILIES[name.family], VARIANTS[name.variant], name.spec
-    overrides = dict(name.overrides) | overrides
-    of_variant, of_spec = ({f.name for f in fields(x)} for x in (kind, spec))
-    unknown = sorted(overrides.keys() - of_variant - of_spec)
-    if unknown:
-        raise TypeError(
-            f"build({str(name)!r}) got unexpected keyword(s) {', '.join(unknown)}. Overrides of the variant: "
-            f"{', '.join(sorted(of_variant))}; of the architecture: {', '.join(sorted(of_spec))}."
-        )
-    if overrides.get("dialect", module.DIALECTS[0]) not in module.DIALECTS:
-        raise ValueError(
-            f"Expected a dialect of {name.row}: {', '.join(module.DIALECTS)}. Received: {overrides['dialect']!r}"
-        )
-    given = {k: v for k, v in overrides.items() if k in of_spec}
-    implied = module.conventions(replace(spec, **given), name.variant)
-    dialect = implied.get("dialect") or given.get("dialect") or spec.dialect
-    implied = kind.conventions(dialect) | implied
-    spec = replace(spec, **{k: v for k, v in (implied | given).items() if k in of_spec})
-    of_both = implied | overrides
-    variant = kind(**{k: v for k, v in of_both.items() if k in of_variant})
-    # A field of both (activation) is the variant's to decide, and the architecture's to fill in.
-    return variant if variant.activation else replace(variant, activation=spec.activation), spec
-
-
 def resolve(name: str, overrides: dict) -> None:
     """Check a name and the overrides of `build` without building; raise as `build` would."""
-    if name not in _USER_MODELS:
-        resolve_fields(parse(name), {k: v for k, v in overrides.items() if k not in ARGUMENTS})
+    if name not in USER_MODELS:
+        resolve_fields(parse(name), overrides_of(overrides))
 
 
 def _check_shape(shape, minimum: int) -> None:
@@ -250,6 +66,7 @@ def build(
     drop_path_rate: float | None = None,
     stem: str | None = None,
     features_only: bool = False,
+    out_indices: Sequence[int | str] | None = None,
     name: str | None = None,
     **overrides,
 ):
@@ -268,11 +85,14 @@ def build(
         include_preprocessing: take raw images in [0, 255] and standardize them with ImageNet's constants.
         dropout_rate, drop_path_rate: before the classifier; stochastic depth of the last block.
         stem: "imagenet" (stride 2) or "small" (stride 1, for 32x32 images).
-        features_only: return the last map of each stride as {"P1": …, "P5": …}, strides 2 to 32.
+        features_only: return the last map of each stride as {"P2": …, "P5": …}, strides 4 to 32; EfficientNets and
+            RegNets have P1 too. `model.feature_info` tells strides and channels.
+        out_indices: with features_only, which maps: names ("P3"), or timm's numbers, of which i is the map of stride
+            2^(i + 1), so that (1, 2, 3, 4) are P2 to P5.
         name: of the Keras model; default: the architecture's.
         **overrides: fields of the variant (`magnitude_preserving`, `alpha`, `activation`, `epsilon`, `init`, …) or of
-            the architecture (`padding`, `width`, `depth`, …); `dialect="deepmind"`, "timm" or "keras" takes the reading of
-            that implementation where they disagree.
+            the architecture (`padding`, `width`, `depth`, …); `dialect="deepmind"`, "timm" or "keras" takes that
+            implementation's reading where they disagree.
 
     Returns:
         An `NFModel`, a functional `keras.Model`. Input (batch, height, width, channels), output (batch, classes).
@@ -287,9 +107,9 @@ def build(
     """
     common = {"dropout_rate": dropout_rate, "drop_path_rate": drop_path_rate, "stem": stem}
     overrides |= {k: v for k, v in common.items() if v is not None}
-    if architecture in _USER_MODELS:
+    if architecture in USER_MODELS:
         given = {"classes": classes, "input_shape": input_shape, "weights": weights, "name": name}
-        return _USER_MODELS[architecture](**{k: v for k, v in given.items() if v is not None}, **overrides)
+        return USER_MODELS[architecture](**{k: v for k, v in given.items() if v is not None}, **overrides)
     parsed = parse(architecture)
     variant, spec = resolve_fields(parsed, overrides)
     classes = spec.classes if classes is None else classes
@@ -303,7 +123,7 @@ def build(
         FAMILIES[parsed.family], spec, variant,
         classes=classes, include_top=include_top, pooling=pooling, input_shape=input_shape, input_tensor=input_tensor,
         classifier_activation=classifier_activation, include_preprocessing=include_preprocessing,
-        features_only=features_only, name=name or str(parsed),
+        features_only=features_only, out_indices=out_indices, name=name or str(parsed),
     )  # fmt: skip
     if weights is not None:
         from nfzoo.weights import load
@@ -312,12 +132,17 @@ def build(
     return model
 
 
-ARGUMENTS = set(inspect.signature(build).parameters) - {"architecture", "overrides"}
+def overrides_of(options: dict) -> dict:
+    """Of options for `build`, those that replace fields of variant or spec."""
+    # Some arguments are fields that have been given a name of their own; None leaves them as they are.
+    fields_too = {"dropout_rate", "drop_path_rate", "stem"}
+    arguments = set(inspect.signature(build).parameters) - fields_too
+    return {k: v for k, v in options.items() if k not in arguments and not (k in fields_too and v is None)}
 
 
 def _assemble(
     module, spec, variant, *, classes, include_top, pooling, input_shape, input_tensor, classifier_activation,
-    include_preprocessing, features_only, name,
+    include_preprocessing, features_only, out_indices, name,
 ):  # fmt: skip
     """Put image, preprocessing, the family's body, pooling and head together."""
     import keras
@@ -341,7 +166,7 @@ def _assemble(
     if features_only:
         if not pyramid:
             raise ValueError("Expected a family with feature maps for features_only=True. Received: a plain network.")
-        return NFModel(inputs, pyramid, name=name)
+        return NFModel(inputs, _select(pyramid, out_indices), name=name)
     x = variant.leave(x, Site("top", role="top"))
     if pooling and len(x.shape) == 4:
         pool = layers.GlobalAveragePooling2D if pooling == "avg" else layers.GlobalMaxPooling2D
@@ -350,6 +175,52 @@ def _assemble(
         x = variant.drop(x, spec.dropout_rate, Site("top", role="top"))
         x = variant.head(x, classes, classifier_activation, spec.head_scheme)
     return NFModel(inputs, x, name=name)
+
+
+def _select(pyramid: dict, out_indices) -> dict:
+    """The maps that the user asks for, in the order of their strides."""
+    if out_indices is None:
+        return pyramid
+    wanted = {f"P{index + 1}" if isinstance(index, numbers.Integral) else index for index in out_indices}
+    if not wanted or wanted - pyramid.keys():
+        raise ValueError(
+            f"Expected out_indices among {', '.join(pyramid)} (or {', '.join(str(int(k[1:]) - 1) for k in pyramid)}). "
+            f"Received: out_indices={tuple(out_indices)}"
+        )
+    return {key: x for key, x in pyramid.items() if key in wanted}
+
+
+def set_head(model: Any, classes: int, activation: str | None = None) -> Any:
+    """Give a model a new classifier of another number of classes; all other layers, and their weights, are shared.
+
+    Args:
+        model: of the zoo, with its classifier ("head").
+        classes: units of the new one.
+        activation: None for logits.
+
+    Returns:
+        A new `NFModel`, uncompiled. Its classifier starts as the old one did; training it trains the shared layers,
+        unless they are frozen.
+
+    Raises:
+        ValueError: for a model without a classifier, or classes < 1.
+
+    Example:
+        >>> model = set_head(build("nf_test_resnet", classes=10), 3)
+        >>> model.output_shape
+        (None, 3)
+    """
+    from keras import layers
+
+    from nfzoo.trainer import NFModel
+
+    if classes < 1:
+        raise ValueError(f"Expected classes >= 1. Received: classes={classes}")
+    head = next((layer for layer in model.layers if layer.name == "head"), None)
+    if head is None:
+        raise ValueError(f'Expected a model with a layer "head". Received: {model.name}, built without its classifier')
+    new = layers.Dense.from_config({**head.get_config(), "units": classes, "activation": activation})
+    return NFModel(model.input, new(head.input), name=model.name)
 
 
 def multiply_adds(model: Any) -> int:
@@ -374,9 +245,8 @@ def measure(name: str, **overrides) -> dict:
     with keras.StatelessScope():
         model = build(name, **overrides)
     independent = None
-    if name not in _USER_MODELS:
-        fields_given = {k: v for k, v in overrides.items() if k not in ARGUMENTS}
-        independent = resolve_fields(parse(name), fields_given)[0].batch_independent
+    if name not in USER_MODELS:
+        independent = resolve_fields(parse(name), overrides_of(overrides))[0].batch_independent
     trainable = sum(math.prod(v.shape) for v in model.trainable_variables)
     return {
         "parameters": model.count_params(),
@@ -403,7 +273,7 @@ def model_info(name: str, **overrides) -> ModelInfo:
         >>> info.trainable_parameters, info.batch_independent
         (5288548, False)
     """
-    if name in _USER_MODELS:
+    if name in USER_MODELS:
         model = build(name, **overrides)
         counts = {**measure(name, **overrides)}
         return ModelInfo(name, "user", "user", *model.input_shape[1:2] * 2, model.output_shape[-1], **counts, paper="")

@@ -9,7 +9,11 @@ section 3; population variance):
 
 For a kernel the "channel" is the unit that AGC clips (an output channel, or a channel of a depthwise kernel). With
 `definition="poster"` tensors of rank 2 or less, and all weights, are taken as one flat vector: acsm is then mean(x^2)
-and acv the variance over everything, as in the poster's figures. Plots and pandas read the log, never the model.
+and acv the variance over everything, as in the poster's figures. Its weights are what PyTorch calls so: the kernels and
+the scale (gamma) of a normalization.
+
+Plots and pandas read the log, never the model. In the log null stands for a statistic that is not finite (NaN or
+infinity, which JSON cannot write); `read` gives it back as NaN.
 """
 
 import fnmatch
@@ -27,7 +31,7 @@ from keras import ops
 
 from nfzoo import agc
 from nfzoo.backend import signals, sync
-from nfzoo.files import atomic
+from nfzoo.files import atomic, to_json
 
 KINDS = ("activation", "weight", "effective_weight", "gradient", "weight_gradient")
 WHAT = ("activations", "weights", "gradients")
@@ -125,10 +129,10 @@ class Probe:
             raise ValueError(f"Expected a functional Keras model. Received: {type(model).__name__}")
         self.what, self.definition = set(what), definition
         self.names = select_taps(model, taps)
-        self.kernels = _kernels(model)
+        self.weights = _weights(model, definition)
         order = {layer.name: depth for depth, layer in enumerate(model.layers)}
         self.depth = {name: depth for depth, name in enumerate(self.names)}
-        self.depth |= {path: order.get(layer.name, -1) for path, (layer, _) in self.kernels.items()}
+        self.depth |= {path: order.get(layer.name, -1) for path, (layer, _) in self.weights.items()}
         compute_loss = None
         if "gradients" in self.what and loss is not None:
             function = keras.losses.get(loss)
@@ -141,7 +145,7 @@ class Probe:
             if f"{kind}s" in self.what:
                 for name, x in tensors.items():
                     result[kind][name] = statistics(x, None, self.definition, flat=len(x.shape) <= 2)
-        for path, (layer, axes) in self.kernels.items():
+        for path, (layer, axes) in self.weights.items():
             if "weights" in self.what:
                 result["weight"][path] = statistics(weights[path], axes, self.definition, flat=True)
                 if hasattr(layer, "effective_kernel"):
@@ -162,16 +166,16 @@ class Probe:
         ]
 
 
-def _kernels(model: keras.Model) -> dict[str, tuple[keras.Layer, tuple[int, ...]]]:
-    """Path of every trainable kernel -> its layer and its fan-in axes."""
+def _weights(model: keras.Model, definition: str) -> dict[str, tuple[keras.Layer, tuple[int, ...]]]:
+    """Path of every trainable kernel, and gamma where the poster is followed -> its layer and its fan-in axes."""
     owner = agc.owners(model)
-    kernels = {}
+    weights = {}
     for variable in model.trainable_variables:
-        if len(variable.shape) >= 2:
+        if len(variable.shape) >= 2 or (definition == "poster" and variable.name == "gamma"):
             layer = owner[variable.path]
             axes = agc.fan_in_axes(layer, variable) or tuple(range(len(variable.shape) - 1))
-            kernels[variable.path] = (layer, axes)
-    return kernels
+            weights[variable.path] = (layer, axes)
+    return weights
 
 
 def _values(layer: keras.Layer, weights: dict) -> list[tuple]:
@@ -220,7 +224,7 @@ class SignalLog:
 
     def append(self, records: Sequence[dict]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(record) + "\n" for record in records)
+        lines = "".join(to_json(record) + "\n" for record in records)
         with self.path.open("a+b") as file:
             if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
                 lines = "\n" + lines  # the last writer was killed: do not add to its broken line
@@ -234,18 +238,18 @@ class SignalLog:
                     records.append(json.loads(line))
                 except json.JSONDecodeError:
                     continue
-        return [r for r in records if isinstance(r, dict)]
+        return [{k: math.nan if v is None else v for k, v in r.items()} for r in records if isinstance(r, dict)]
 
     def rewind(self, step: int) -> None:
         """Drop the records of steps after `step`, for a run that resumes there."""
         kept = [r for r in self.read() if r.get("step", 0) <= step]
         if self.path.exists():
             with atomic(self.path) as partial:
-                partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+                partial.write_text("".join(to_json(record) + "\n" for record in kept))
 
 
 def read(path: str | pathlib.Path) -> pd.DataFrame:
-    """Read a log, or the log of a run's folder, as a table; broken lines are left out.
+    """Read a log, or the log of a run's folder, as a table; broken lines are left out, what is not finite is NaN.
 
     Raises:
         FileNotFoundError: if there is no log.

@@ -60,6 +60,24 @@ class NFModel(Step, keras.Model):
             )
         return [self._agc_units[v.path] for v in self.trainable_variables]
 
+    @property
+    def pyramid_outputs(self) -> dict:
+        """The maps of a model built with `features_only=True`, by name, as KerasHub's detectors ask for them."""
+        if not isinstance(self.output, dict):
+            raise AttributeError("Expected a model built with features_only=True. Received: one with a single output")
+        return self.output
+
+    @property
+    def feature_info(self) -> dict[str, dict[str, int]]:
+        """Stride and channels of each of the `pyramid_outputs`.
+
+        Example:
+            >>> import nfzoo
+            >>> nfzoo.build("nf_test_resnet", features_only=True, out_indices=[2]).feature_info
+            {'P3': {'stride': 8, 'channels': 128}}
+        """
+        return {key: {"stride": 2 ** int(key[1:]), "channels": x.shape[-1]} for key, x in self.pyramid_outputs.items()}
+
     # Keras restores `compile` arguments of a subclass with its own `compile` only through this pair.
     def get_compile_config(self) -> dict:
         config = super().get_compile_config()

@@ -37,7 +37,7 @@ class Scan(keras_tuner.GridSearch):
         changes = {"optimizer.learning_rate": values["learning_rate"], "seed": values["seed"]}
         recipe = recipes.override(self.recipe, changes)
         folder = self.out / trial_name(values["model"], values["learning_rate"], values["seed"])
-        self.console.print(f"[bold]{folder.name}[/]")
+        self.console.print(folder.name, style="bold", markup=False)
         keras.utils.clear_session()  # else the graphs of all trials stay in memory
         try:
             metrics = engine.run(
@@ -85,7 +85,7 @@ def scan(
         Columns model, learning_rate, seed, status, test_accuracy, val_accuracy, epochs, seconds.
 
     Raises:
-        ValueError: from a trial that could not run; finished trials are kept and a second call does the missing ones.
+        Exception: that of a trial that could not run; finished trials are kept and a second call does the missing ones.
     """
     console, out = console or Console(), pathlib.Path(out)
     models, learning_rates = list(dict.fromkeys(models)), list(dict.fromkeys(learning_rates))
@@ -97,7 +97,7 @@ def scan(
     try:
         Scan(models, learning_rates, recipe, seeds, out, overrides, console).search(verbose=0)
     except errors.FatalError as error:
-        raise ValueError(str(error)) from error.__cause__
+        raise error.__cause__ from None
     rows = []
     for model in models:
         for rate in learning_rates:

@@ -1,5 +1,8 @@
 """Weights on disk: safetensors keyed by variable path, a manifest that names them, and loading with full coverage.
 
+A model without its classifier (include_top=False, features_only=True) leaves the top of a file unused; nothing else may
+be missing or left over.
+
 Nothing here unpickles. A tag ("cifar100") is looked up as `<model>.<tag>` in manifest.json of the store: NFZOO_HOME
 where it is set, else saved_models of a checkout.
 """
@@ -8,6 +11,7 @@ import json
 import os
 import pathlib
 
+import h5py
 import keras
 import numpy as np
 import safetensors
@@ -16,6 +20,7 @@ import safetensors.numpy
 from nfzoo.files import atomic, sha256
 
 _LISTED = 6
+_TOP = ("top_", "head/")  # beginnings of the paths that a model without its classifier may lack
 
 
 def home() -> pathlib.Path:
@@ -43,38 +48,63 @@ def load(model: keras.Model, weights: str | pathlib.Path, name: str | None = Non
     """Load weights into a built model.
 
     Args:
-        model: is changed only if every weight has its counterpart.
+        model: is changed only if every weight has its counterpart. Without a layer "head" it may lack the top.
         weights: path of a .safetensors, .keras or .weights.h5 file, or a tag of the manifest.
         name: model name that the tag belongs to.
 
     Raises:
         FileNotFoundError: no such file or tag.
         ValueError: a damaged file, an unknown format, or weights of another architecture (names and shapes are listed).
+
+    Example:
+        >>> import nfzoo, tempfile
+        >>> path = save(nfzoo.build("sn_test_efficientnet"), pathlib.Path(tempfile.mkdtemp()) / "sn.safetensors")
+        >>> nfzoo.build("sn_test_efficientnet", weights=path, include_top=False).output_shape
+        (None, 64)
     """
     path = _find(weights, name)
     if path.name.endswith(".weights.h5"):
-        # This format has no variable paths; Keras matches layers in order, and writes as it goes.
-        before = model.get_weights()
-        try:
-            model.load_weights(path)
-        except Exception as error:
-            model.set_weights(before)
-            raise ValueError(f"Expected weights of {model.name}. Received: {path}, which fails with: {error}") from None
+        _load_h5(model, path)
         return
     source = _read(path)
     targets = {v.path: v for v in model.weights}
     missing, unexpected = sorted(targets.keys() - source.keys()), sorted(source.keys() - targets.keys())
-    shapes = [
-        f"{key} {source[key].shape} for {tuple(targets[key].shape)}"
-        for key in sorted(targets.keys() & source.keys())
-        if source[key].shape != tuple(targets[key].shape)
-    ]
-    if missing or unexpected or shapes:
+    if not any(layer.name == "head" for layer in model.layers):
+        unexpected = [key for key in unexpected if not key.startswith(_TOP)]
+    differing = [k for k in sorted(targets.keys() & source.keys()) if source[k].shape != tuple(targets[k].shape)]
+    if missing or unexpected or differing:
+        shapes = [f"{key} {source[key].shape} for {tuple(targets[key].shape)}" for key in differing]
         parts = {"without": missing, "with unknown": unexpected, "of other shapes": shapes}
         listed = "; ".join(f"{word} {_shorten(keys)}" for word, keys in parts.items() if keys)
-        raise ValueError(f"Expected the weights of {model.name}. Received: {path} {listed}.")
+        remedy = ""
+        if differing and all(key.startswith("head/") for key in differing):
+            classes = source[differing[0]].shape[-1]
+            remedy = (
+                f" Build with classes={classes}, as the file, or with include_top=False for all but the classifier."
+            )
+        raise ValueError(f"Expected the weights of {model.name}. Received: {path} {listed}.{remedy}")
     for key, variable in targets.items():
         variable.assign(source[key])
+
+
+def _load_h5(model: keras.Model, path: pathlib.Path) -> None:
+    # This format has no variable paths: Keras matches layers by kind and order, writes as it goes, and passes over what
+    # is left in the file, so that another architecture's weights may seem to fit. Their number tells.
+    before, stored = model.get_weights(), []
+    try:
+        with h5py.File(path) as file:
+            file.visititems(lambda name, item: stored.append(name) if isinstance(item, h5py.Dataset) else None)
+        count = sum(name.startswith("layers/") for name in stored)
+        if count != len(before):
+            raise ValueError(f"{count} arrays for {len(before)} weights")
+        model.load_weights(path)
+    except Exception as error:
+        model.set_weights(before)
+        raise ValueError(
+            f"Expected weights of {model.name}. Received: {path}, which fails with: {error}. A .weights.h5 file has no "
+            "paths of variables and fits the whole model only, with its classes; .safetensors and .keras load without "
+            "the top too."
+        ) from None
 
 
 def _shorten(keys: list[str]) -> str:

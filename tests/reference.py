@@ -14,14 +14,16 @@ def read(name: str) -> dict:
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The reference value of a PyTorch tensor: its generator is seeded with the CRC of its name."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
+    """The reference value of a tensor of PyTorch ("a.weight") or Haiku ("a/w"), seeded with the CRC of its name."""
+    rng, haiku = np.random.default_rng(zlib.crc32(name.encode())), "/" in name
+    leaf = name.rsplit("/" if haiku else ".", 1)[-1]
+    near_one = ("gain", "skip_gain", "scale") if haiku else ("running_var", "gain", "skipinit_gain")
+    if leaf in near_one or (leaf == "weight" and len(shape) == 1):
         return rng.uniform(0.5, 1.5, shape).astype(np.float32)
     if len(shape) < 2:
         return (0.1 * rng.standard_normal(shape)).astype(np.float32)
-    return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+    fan_in = np.prod(shape[:-1] if haiku else shape[1:])
+    return (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
 
 
 def weights(golden: dict) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """AGC: golden numbers, the defining inequality, units by layer, and the training step that applies it."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -94,8 +96,8 @@ def test_units_of_every_model(name):
     for path, axes in units.items():
         layer = model.get_layer(path.split("/")[0])
         if path.endswith("/kernel") and axes is not None:
-            expected = {"Dense": (0,), "Conv2D": (0, 1, 2), "DepthwiseConv2D": (0, 1)}
-            assert axes == expected[type(layer).__name__.removeprefix("ScaledStd")]
+            expected = {"Dense": (0,), "Conv1D": (0, 1), "Conv2D": (0, 1, 2), "DepthwiseConv2D": (0, 1)}
+            assert axes == expected[re.sub("ScaledStd|Grouped", "", type(layer).__name__)]
 
 
 def test_grouped_and_transposed_convolutions_and_foreign_models():

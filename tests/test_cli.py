@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import pandas as pd
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from nfzoo import cli
@@ -18,7 +20,7 @@ TINY = ["--data", "fake", "--set", "data.limit=64", "--set", "batch_size=64"]
 
 
 def _run(*args, **kwargs):
-    env = {**os.environ, "NFZOO_DEBUG": ""}
+    env = {**os.environ, "NFZOO_TRACEBACK": ""}
     command = [sys.executable, "-m", "nfzoo.cli", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env, **kwargs)
 
@@ -107,6 +109,15 @@ def test_data_writes_arrays(call, tmp_path):
     assert json.loads(resolved)["recipe"]["data"]["name"].endswith("fake.npz")
 
 
+def test_brackets_in_paths_are_printed(call, tmp_path):
+    folder = tmp_path / "[red]x[/]" / "[/bold]"
+    assert f"wrote {folder / 'a.npz'} (" in call("data", "fake", "--to", folder / "a.npz")[1].replace("\n", "")
+    for said in ("epoch 1/1", f"{folder / 'run'}: complete already"):
+        status, out, _ = call("train", "sn_test_ffnn", *TINY, "--epochs", 1, "--taps", "none", "--out", folder / "run")
+        assert status == 0 and said in out.replace("\n", "")
+    assert "No model matches '[red]x'." in call("list", "[red]x")[1]
+
+
 def test_dry_run_resolves_and_writes_nothing(call, tmp_path):
     status, out, _ = call(
         "train", "bn_efficientnet_b0", "--recipe", "poster", "--lr", "0.01", "--seed", "67", "--set", "agc=0.02",
@@ -130,10 +141,34 @@ def test_help(command, call):
     assert status == 0 and "Usage" in out
 
 
+@pytest.fixture
+def folder_of_two_sizes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sizes")
+    for name, side in (("ants", 32), ("bees", 40)):
+        (root / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (side, 32), (40 * i, 0, 0)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(("command", "to"), [(["data"], "a.npz"), (["spp", "sn_test_ffnn", "--data"], "a.png")])
+def test_what_is_advised_for_images_of_several_sizes_works(command, to, folder_of_two_sizes, call, tmp_path):
+    command = [*command, folder_of_two_sizes, "--to", tmp_path / to]
+    status, _, err = call(*command)
+    assert status == 1 and "--set data.image_size=160 of train and scan" in err
+    assert call(*command, *re.search("--image-size 160", err)[0].split())[0] == 0 and (tmp_path / to).exists()
+
+
 MISTAKES = {
     "unknown model": (["train", "sn_efficientnet_b00"], "sn_efficientnet_b0"),
     "inadmissible variant": (["train", "eun_efficientnet_b0"], "none, bn, gn, sn, nf"),
     "wrong keyword": (["train", "sn_test_ffnn", "--build", "momentun=0.9"], "momentun"),
+    "unknown variant of list": (["list", "--variant", "zz"], "none, bn, gn, sn, nf"),
+    "unknown family of list": (["list", "--family", "zz"], "efficientnet, ffnn"),
+    "not a probability": (
+        ["train", "sn_test_ffnn", "--build", "dropout_rate=-1", "--dry-run"],
+        "dropout_rate in [0, 1)",
+    ),
     "unknown recipe": (["train", "sn_test_ffnn", "--recipe", "nfnet"], "poster, demo"),
     "unknown setting": (["train", "sn_test_ffnn", "--set", "optimizer.lr=1"], "learning_rate"),
     "not a setting": (["train", "sn_test_ffnn", "--set", "epochs"], "KEY=VALUE"),
@@ -156,6 +191,43 @@ def test_mistakes_are_one_line_and_a_status(mistake, call, tmp_path, monkeypatch
     assert status == 1 and err.startswith("error: ") and expected in err
     assert len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def _raise(error):
+    raise error
+
+
+TRACE = 'Graph execution error:\n\nDetected at node loss defined at:\n  File "a.py", line 1\n\n'
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("Keras says\n\nin several lines"), "error: Keras says in several lines"),
+        (KeyError("stage9"), "Unexpected error: KeyError: 'stage9'; set NFZOO_TRACEBACK=1 to see where"),
+        (
+            tf.errors.InvalidArgumentError(None, None, f"{TRACE}A label of 99\n\t [[{{{{node loss}}}}]]"),
+            "Unexpected error: InvalidArgumentError: A label of 99; set NFZOO_TRACEBACK=1 to see where",
+        ),
+        (
+            tf.errors.ResourceExhaustedError(None, None, f"{TRACE}OOM when…"),
+            "error: Out of memory. Try smaller images, or a smaller batch",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+            "error: Out of memory. Try smaller images",
+        ),
+    ],
+)
+def test_what_nobody_foresaw_is_one_line_too(error, expected, call, monkeypatch):
+    from nfzoo import registry
+
+    monkeypatch.setattr(registry, "list_models", lambda *args, **kwargs: _raise(error))
+    status, _, err = call("list")
+    assert status == 1 and err.startswith(expected) and len(err.strip().splitlines()) == 1
+    monkeypatch.setenv("NFZOO_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        call("list")
 
 
 def test_divergence_is_said_and_is_a_status(call, tmp_path):

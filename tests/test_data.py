@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfzoo import data, recipes
+from nfzoo import data, recipes, sources
 from nfzoo.recipes import Augment, Data
 
 
@@ -124,8 +124,29 @@ def test_arrays_round_trip(tmp_path, digits):
     again = data.load(Data(name=str(path)), seed=3)
     np.testing.assert_array_equal(again.train.images, digits.train.images)
     np.testing.assert_array_equal(again.test.labels, digits.test.labels)
-    assert again.classes == digits.classes
+    assert data.load(Data(name=str(path), image_size=8)).test.images.shape == (360, 8, 8, 3)
+    assert (again.classes, again.name, again.mean) == (digits.classes, "digits", digits.mean)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_arrays_keep_the_constants_of_their_set_whatever_the_file_is_called(tmp_path, monkeypatch):
+    constants = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    monkeypatch.setitem(data.CONSTANTS, "fake", constants)
+    path = data.save(Data(name="fake"), tmp_path / "a.npz")
+    copy = data.save(Data(name=str(path)), tmp_path / "copy.npz")
+    monkeypatch.delitem(data.CONSTANTS, "fake")
+    computed = data.load(Data(name="fake"))
+    for file in (path, copy):
+        images = data.load(Data(name=str(file)))
+        assert (images.mean, images.std) == constants and images.name == "fake"
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "old.npz", **{k: v for k, v in arrays.items() if k not in ("name", "mean", "std")})
+    old = data.load(Data(name=str(tmp_path / "old.npz")))
+    assert (old.mean, old.std) == (computed.mean, computed.std) and old.name.endswith("old.npz")
+    np.savez(tmp_path / "bad.npz", **{**arrays, "std": np.zeros(3)})
+    with pytest.raises(ValueError, match="std > 0"):
+        data.load(Data(name=str(tmp_path / "bad.npz")))
 
 
 def _write(folder: pathlib.Path, n: int, size=(10, 12), colour=0):
@@ -188,6 +209,62 @@ def test_an_unprepared_set_says_how_to_get_it(tmp_path, monkeypatch):
         data.load(Data(name="cifar100", data_dir=str(tmp_path)))
 
 
+def _tfds_set(monkeypatch, folder, features, keys, examples):
+    """A tensorflow-datasets set made here, that `load` finds by any name."""
+    import tensorflow_datasets as tfds
+
+    class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=keys
+            )
+
+        def _split_generators(self, manager):
+            return {split: enumerate(examples) for split in ("train", "test")}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    builder = Made(data_dir=str(folder))
+    monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: builder)
+
+
+def test_grey_tfds_images_become_three_channels(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {"image": tfds.features.Image(shape=(4, 6, 1)), "label": tfds.features.ClassLabel(names=["a", "b"])}
+    examples = [{"image": np.full((4, 6, 1), 50 * i, np.uint8), "label": i % 2} for i in range(4)]
+    _tfds_set(monkeypatch, tmp_path, features, ("image", "label"), examples)
+    images = data.load(Data(name="made", validation_fraction=0))
+    assert images.train.images.shape == (4, 4, 6, 3) and images.classes == ("a", "b")
+    np.testing.assert_array_equal(np.sort(images.train.images[:, 0, 0, 2]), [0, 50, 100, 150])
+
+
+def test_tfds_sets_that_are_not_images_by_class(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    image, label = tfds.features.Image(shape=(4, 4, 3)), tfds.features.ClassLabel(num_classes=2)
+    for x, y, keys, named in [
+        (image, tfds.features.Scalar(np.float32), ("x", "y"), "Scalar"),
+        (tfds.features.Text(), label, ("x", "y"), "Text"),
+        (tfds.features.Image(shape=(4, 4, 1), dtype=np.float32), label, ("x", "y"), "float32"),
+        (image, {"deep": label}, ("x", {"deep": "y/deep"}), "deep"),
+        (image, label, None, "not labelled"),
+    ]:
+        _tfds_set(monkeypatch, tmp_path, {"x": x, "y": y}, keys, [])
+        with pytest.raises(ValueError, match=f"8-bit images with one class each.*'made'.*{named}"):
+            data.load(Data(name="made"))
+
+
+def test_training_and_test_images_of_different_sizes(tmp_path):
+    _write(tmp_path / "train" / "ants", 2, (10, 10))
+    _write(tmp_path / "test" / "ants", 2, (10, 12))
+    with pytest.raises(ValueError, match=r"one size.*\(10, 10\) and \(10, 12\)"):
+        data.load(Data(name=str(tmp_path)))
+
+
 def test_damaged_and_pickled_arrays(tmp_path):
     path = tmp_path / "x.npz"
     path.write_bytes(b"PK nothing")
@@ -214,7 +291,7 @@ def test_limit_keeps_a_subset():
 
 
 def test_a_set_too_large_for_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "MAX_BYTES", 100)
+    monkeypatch.setattr(sources, "MAX_BYTES", 100)
     _write(tmp_path / "ants", 3)
     with pytest.raises(ValueError, match="memory"):
         data.load(Data(name=str(tmp_path), image_size=8))

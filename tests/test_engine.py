@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import pathlib
+import subprocess
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+import nfzoo
 from nfzoo import callbacks, data, engine, recipes, spp
 
 MODEL = "sn_test_ffnn"
@@ -108,11 +110,13 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(whole, model, epoch, tmp_path
 
 
 def test_ctrl_c_resumes(tmp_path, monkeypatch, console):
+    folder = tmp_path / "[red]run"
     with monkeypatch.context() as patch:
         _kill_after(patch, 1, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
-            engine.run(MODEL, _recipe(epochs=2), tmp_path / "run", taps=None, console=console)
-    assert engine.run(MODEL, _recipe(epochs=2), tmp_path / "run", taps=None, console=console)["epochs"] == 2
+            engine.run(MODEL, _recipe(epochs=2), folder, taps=None, console=console)
+    assert engine.run(MODEL, _recipe(epochs=2), folder, taps=None, console=console)["epochs"] == 2
+    assert "[red]run after epoch 1" in console.export_text()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no description", "half a description"])
@@ -230,6 +234,29 @@ def test_other_data_is_standardized_as_the_training_data(whole, tmp_path):
     assert again["accuracy"] == pytest.approx(whole[1]["test_accuracy"], abs=1e-6)
 
 
+def test_every_json_file_of_a_run_is_strict(tmp_path, monkeypatch, console):
+    """A metric that is NaN, beside a loss that is not, comes into the checkpoints' history."""
+
+    def check():
+        for path in (tmp_path / "run").rglob("*.json*"):
+            text = path.read_text()
+            for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+                json.loads(part, parse_constant=pytest.fail)
+
+    original = callbacks.Checkpoints.on_epoch_end
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            callbacks.Checkpoints, "on_epoch_end", lambda self, n, logs: original(self, n, {**logs, "extra": np.nan})
+        )
+        _kill_after(patch, 2)
+        with pytest.raises(_Killed):
+            engine.run(MODEL, _recipe(), tmp_path / "run", console=console)
+    check()
+    assert engine.run(MODEL, _recipe(), tmp_path / "run", console=console)["epochs"] == 4
+    check()
+    assert pd.read_csv(tmp_path / "run" / "history.csv").extra.isna().all()
+
+
 def test_divergence_without_validation_images(tmp_path, console):
     recipe = _recipe(**{
         "optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "agc": "none", "epochs": 1, "batch_size": 512,
@@ -252,6 +279,20 @@ def test_mixed_precision_policy_is_the_runs_alone(tmp_path, console):
     engine.run(MODEL, recipe, tmp_path / "run", taps=None, console=console)
     assert keras.config.dtype_policy().name == "float32"
     assert engine.load_run(tmp_path / "run").get_layer("hidden_linear1").compute_dtype == "bfloat16"
+
+
+def test_the_commit_recorded_is_that_of_nfzoos_own_checkout(tmp_path, monkeypatch):
+    """Not of a project around an installed package, nor of one that has a folder nfzoo at its top."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a project"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    for site in (tmp_path / "lib" / "site-packages", tmp_path):
+        monkeypatch.setattr(nfzoo, "__file__", str(site / "nfzoo" / "__init__.py"))
+        (site / "nfzoo").mkdir(parents=True)
+        assert engine._commit() is None
+    (tmp_path / "setup.py").touch()
+    assert head.startswith(engine._commit().removesuffix("-dirty"))
 
 
 def test_progress_is_plain_lines_without_a_terminal(tmp_path, console):

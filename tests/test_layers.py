@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from nfzoo import layers
+from nfzoo import layers, numerics
 
 KERNEL = np.array([[1, 2], [2, 4], [4, 1]], "float32").reshape(1, 1, 3, 2)
 DEEPMIND = np.array([[-0.6172134, -0.1543033], [-0.1543033, 0.7715167], [0.7715167, -0.6172134]])
@@ -63,12 +63,20 @@ LAYERS = {
     "conv": (lambda: layers.ScaledStdConv2D(6, 3, padding="same", strides=2), [(8, 8, 4)]),
     "grouped": (lambda: layers.ScaledStdConv2D(6, 3, groups=2, epsilon_mode="add", epsilon=1e-5), [(8, 8, 4)]),
     "depthwise": (lambda: layers.ScaledStdDepthwiseConv2D(3, padding="same", depth_multiplier=2), [(8, 8, 4)]),
-    "merge": (lambda: layers.Merge(0.9, 0.2, gain=0.5, bias=0.1), [(8, 8, 4), (8, 8, 4)]),
+    "merge": (lambda: layers.Merge(0.9, 0.2, gain=0.5), [(8, 8, 4), (8, 8, 4)]),
     "gate": (lambda: layers.Gate(gain=2.0), [(8, 8, 4), (4,)]),
     "gate_mp": (lambda: layers.Gate(magnitude_preserving=True), [(8, 8, 4), (4,)]),
     "activation": (lambda: layers.ScaledActivation("gelu"), [(8, 8, 4)]),
     "stochastic_depth": (lambda: layers.StochasticDepth(0.5, rescale=False, seed=3), [(8, 8, 4)]),
     "tap": (lambda: layers.Tap(), [(8, 8, 4)]),
+    "native_grouped": (lambda: layers.GroupedConv2D(6, 3, groups=2, strides=2), [(8, 8, 4)]),
+    "gamma_in_kernel": (lambda: layers.ScaledStdConv2D(6, 3, gamma=1.7, gain=0.0), [(8, 8, 4)]),
+    "affine": (lambda: layers.Affine(gain=1.0), [(8, 8, 4)]),
+    "bias": (lambda: layers.Affine(), [(8, 8, 4)]),
+    "centering_bias": (lambda: layers.CenteringBias(), [(8, 8, 4)]),
+    "standardize_input": (lambda: layers.StandardizeInput("channel_l2"), [(8, 8, 4)]),
+    "pad_channels": (lambda: layers.PadChannels(7), [(8, 8, 4)]),
+    "max_pool": (lambda: layers.MaxPool2D(3, 2, pad=1), [(8, 8, 4)]),
 }
 
 
@@ -128,9 +136,10 @@ def test_weight_standardized_conv_equals_conv_with_the_effective_kernel():
 
 def test_merge_formula():
     skip, branch = np.full((1, 2), 3.0, "float32"), np.full((1, 2), 5.0, "float32")
-    merge = layers.Merge(0.5, 2.0, gain=0.1, bias=0.25)
-    np.testing.assert_allclose(np.asarray(merge([skip, branch])), 0.5 * 3 + 2 * (0.1 * 5 + 0.25))
-    assert {v.path.rsplit("/")[-1] for v in merge.trainable_variables} == {"gain", "bias"}
+    merge = layers.Merge(0.5, 2.0, gain=0.1)
+    np.testing.assert_allclose(np.asarray(merge([skip, branch])), 0.5 * 3 + 2 * 0.1 * 5)
+    assert {v.path.rsplit("/")[-1] for v in merge.trainable_variables} == {"gain"}
+    assert not layers.Merge().weights
 
 
 def test_magnitude_preserving_gate_values():
@@ -164,3 +173,81 @@ def test_stochastic_depth_drops_whole_examples(rescale):
 def test_stochastic_depth_rejects_a_rate_of_one():
     with pytest.raises(ValueError, match="rate=1"):
         layers.StochasticDepth(1)
+
+
+def test_grouped_convolution_is_one_convolution_per_group():
+    x = np.random.default_rng(0).standard_normal((2, 9, 8, 6)).astype("float32")
+    for strides, padding in ((1, "same"), (2, "same"), (2, "valid")):
+        layer = layers.GroupedConv2D(9, 3, strides=strides, padding=padding, groups=3)
+        got, kernel = np.asarray(layer(x)), np.asarray(layer.kernel)
+        options = {"strides": strides, "padding": padding}
+        groups = [(x[..., 2 * g : 2 * g + 2], kernel[..., 3 * g : 3 * g + 3]) for g in range(3)]
+        expected = np.concatenate([np.asarray(keras.ops.conv(a, k, **options)) for a, k in groups], -1)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_gamma_in_the_kernel_equals_gamma_on_the_activation_before_it():
+    x = np.random.default_rng(0).standard_normal((2, 6, 6, 8)).astype("float32")
+    scaled, plain = layers.ScaledStdConv2D(4, 3, gamma=numerics.gamma("relu")), layers.ScaledStdConv2D(4, 3)
+    got = scaled(np.maximum(x, 0))
+    plain(x)
+    plain.set_weights(scaled.get_weights())
+    np.testing.assert_allclose(np.asarray(got), np.asarray(plain(layers.ScaledActivation("relu")(x))), atol=1e-5)
+
+
+def test_max_pool_lets_no_padding_win_over_negative_values():
+    """Padding with zeros, as ZeroPadding2D would, gives 0 at the border of a negative map."""
+    x = -np.random.default_rng(0).uniform(1, 2, (1, 7, 8, 3)).astype("float32")
+    got = np.asarray(layers.MaxPool2D(3, 2, pad=1)(x))
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=-np.inf)
+    expected = [[padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((1, 2)) for j in range(4)] for i in range(4)]
+    np.testing.assert_array_equal(got, np.moveaxis(np.array(expected), 2, 0))
+    assert got.max() < 0
+
+
+# ---------------------------------------------------------------- what EUN and Rescale put before a convolution
+def test_second_moments_of_the_three_standardizations():
+    x = np.random.default_rng(0).normal(3, 5, (4, 6, 6, 64)).astype("float32")
+    whole, per_channel = (np.asarray(layers.StandardizeInput(s)(x)) for s in ("whole_tensor", "per_channel_batch"))
+    np.testing.assert_allclose([whole.mean(), whole.var()], [0, 1], atol=1e-4)
+    np.testing.assert_allclose(per_channel.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(per_channel.var((0, 1, 2)), 1, atol=1e-4)
+    unit = np.asarray(layers.StandardizeInput("channel_l2")(x))
+    np.testing.assert_allclose((unit**2).mean(-1), 1 / 64, rtol=1e-5)
+
+
+def test_channel_l2_keeps_zeros_and_their_gradient_finite():
+    import tensorflow as tf
+
+    x = tf.Variable(np.zeros((1, 2, 2, 3), "float32"))
+    with tf.GradientTape() as tape:
+        out = layers.StandardizeInput("channel_l2")(x)
+    assert not np.asarray(out).any() and np.isfinite(tape.gradient(out, x)).all()
+
+
+def test_only_channel_l2_is_independent_of_the_batch():
+    x = np.random.default_rng(0).standard_normal((4, 5, 5, 8)).astype("float32")
+    for statistics, independent in (("whole_tensor", False), ("per_channel_batch", False), ("channel_l2", True)):
+        layer = layers.StandardizeInput(statistics)
+        difference = np.abs(np.asarray(layer(x))[:1] - np.asarray(layer(x[:1]))).max()
+        assert (difference < 1e-6) == independent
+    with pytest.raises(ValueError, match="'batch'"):
+        layers.StandardizeInput("batch")
+
+
+def test_centering_bias_centres_its_first_eight_batches_and_then_stands_still():
+    rng = np.random.default_rng(0)
+    batches = rng.normal(2, 1, (8, 16, 4, 4, 3)).astype("float32")
+    layer = layers.CenteringBias()
+    layer.build(batches[0].shape)
+    layer.bias.assign([1.0, 2.0, 3.0])
+    first = np.asarray(layer(batches[0], training=True))
+    np.testing.assert_allclose(first.mean((0, 1, 2)), [0.01, 0.02, 0.03], atol=1e-5)  # the bias counts little yet
+    for batch in batches[1:]:
+        layer(batch, training=True)
+    after = np.asarray(layer(batches.reshape(-1, 4, 4, 3), training=True))
+    np.testing.assert_allclose(after.mean((0, 1, 2)), [1, 2, 3], atol=1e-5)
+    frozen = np.asarray(layer.moving_mean)
+    layer(batches[0] + 100, training=True)
+    np.testing.assert_array_equal(np.asarray(layer.moving_mean), frozen)
+    assert float(layer.count.numpy()) == 8 and len(layer.trainable_variables) == 1

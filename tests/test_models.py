@@ -8,7 +8,7 @@ import pytest
 from conftest import VARIANTS, crossentropy
 
 import nfzoo
-from nfzoo import registry
+from nfzoo import names, registry
 
 TINY = nfzoo.list_models("*_test_*", tests=True)
 
@@ -36,8 +36,8 @@ def _noise(model, n=8, seed=0):
 
 
 def test_tiny_rows_cover_every_family_and_variant():
-    assert {(n.family, n.variant) for n in map(registry.parse, TINY)} == {
-        (family, variant) for family, module in registry.FAMILIES.items() for variant in module.ADMITS
+    assert {(n.family, n.variant) for n in map(names.parse, TINY)} == {
+        (family, variant) for family, module in names.FAMILIES.items() for variant in module.ADMITS
     }
 
 
@@ -301,17 +301,17 @@ def _check_manifest(names):
 
 
 def test_manifest_lists_every_model():
-    assert set(registry._manifest()) == set(registry.names())
+    assert set(registry._manifest()) == set(names.table())
 
 
 def test_manifest_of_small_models():
-    _check_manifest([n for n in registry.names() if "test_" in n or "ffnn" in n or n.endswith("_b0")])
+    _check_manifest([n for n in names.table() if "test_" in n or "ffnn" in n or n.endswith("_b0")])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", range(1, 8))
 def test_manifest_of_large_models(row):
-    _check_manifest([n for n in registry.names() if n.endswith(f"_b{row}")])
+    _check_manifest([n for n in names.table() if n.endswith(f"_b{row}")])
 
 
 def test_every_kernel_size_is_counted_once():

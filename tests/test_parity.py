@@ -20,7 +20,7 @@ POSTER = {
 
 @pytest.mark.parametrize("stored", POSTER)
 def test_poster_logits(stored):
-    golden = reference.read(stored)
+    golden = reference.read(f"poster/{stored}")
     name, overrides = POSTER[stored]
     rename = reference.poster_ffnn if "ffnn" in name else reference.poster_efficientnet
     sizes = {(case["height"], case["width"]) for case in golden["cases"]}
@@ -41,43 +41,61 @@ def test_poster_logits(stored):
         assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def _ours(path: str) -> str:
-    """block3b_expand_conv/kernel of keras.applications -> stage3_block2_conv1/kernel."""
-    layer, leaf = path.rsplit("/", 1)
-    fixed = {"stem_conv": "stem_conv1", "stem_bn": "stem_norm1", "top_conv": "top_conv", "top_bn": "top_norm"}
-    if layer in fixed:
-        return f"{fixed[layer]}/{leaf}"
-    if layer == "predictions":
-        return f"head/{leaf}"
-    block, _, part = layer.partition("_")
-    parts = {
-        "expand_conv": "conv1", "expand_bn": "norm1", "dwconv": "conv2", "bn": "norm2", "project_conv": "conv3",
-        "project_bn": "norm3", "se_reduce": "se_reduce", "se_expand": "se_expand",
-    }  # fmt: skip
-    return f"stage{block[5]}_block{ord(block[6]) - ord('a') + 1}_{parts[part]}/{leaf}"
+# ---------------------------------------------------------------- through the converters
+# The rest of the stored references takes a minute more: they run with the slow tests.
+FAST = ("timm/nf_resnet50", "timm/nf_regnet_b1", "timm/efficientnet_b0", "timm/resnetv2_50", "deepmind/fixup_resnet50")
+STORED = sorted(
+    f"{path.parent.name}/{path.stem}" for s in ("timm", "deepmind") for path in (reference.FOLDER / s).glob("*")
+)
 
 
-@pytest.mark.parametrize("size", [64, 75])
-@pytest.mark.parametrize(("row", "maker"), [("b0", "EfficientNetB0"), ("b3", "EfficientNetB3")])
-def test_keras_applications_logits(row, maker, size):
-    shape = (size, size, 3)
-    theirs = getattr(keras.applications, maker)(weights=None, input_shape=shape, classifier_activation=None)
-    ours = nfzoo.build(f"bn_efficientnet_{row}", input_shape=shape)
+def _converted(stored):
+    golden = reference.read(stored)
+    source, name = stored.split("/")
+    return golden, nfzoo.convert.load(name, source, reference.weights(golden), input_shape=(None, None, 3))
+
+
+@pytest.mark.parametrize("stored", [s if s in FAST else pytest.param(s, marks=pytest.mark.slow) for s in STORED])
+def test_converted_logits_and_signal_propagation(stored):
+    """At an even and an odd size; the statistics are those that DeepMind's own code returned."""
+    golden, model = _converted(stored)
+    assert sum(int(np.prod(v.shape)) for v in model.trainable_variables) == golden["params"]
+    for case in golden["cases"]:
+        x = reference.image(case["height"], case["width"])
+        got, expected = keras.ops.convert_to_numpy(model(x))[0], np.array(case["logits"])
+        assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
+        if "metrics" in case:
+            rows = nfzoo.spp.snapshot(model, x, what=("activations",))
+            assert _deepmind_metrics(rows) == pytest.approx(case["metrics"], rel=1e-4)
+
+
+def _deepmind_metrics(rows) -> dict[str, float]:
+    places = {place: rows[rows.place == place].reset_index() for place in ("block", "branch")}
+    return {
+        **{f"avg_sq_mean_{i}": value for i, value in enumerate(places["block"].acsm)},
+        **{f"avg_var_{i}": value for i, value in enumerate(places["block"].acv)},
+        **{f"res_avg_var_{i}": value for i, value in enumerate(places["branch"].acv)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("EfficientNetB0", (64, 64, 3)), ("EfficientNetB0", (75, 75, 3)), ("EfficientNetB3", (64, 64, 3)),
+        ("EfficientNetB3", (75, 75, 3)), ("ResNet50", (64, 64, 3)), ("ResNet50V2", (75, 90, 3)),
+    ],
+)  # fmt: skip
+def test_keras_applications_logits(name, shape):
+    theirs = getattr(keras.applications, name)(weights=None, input_shape=shape, classes=11, classifier_activation=None)
     rng = np.random.default_rng(0)
-    source = {}
     for variable in theirs.weights:
-        if variable.path.startswith("normalization"):
-            continue
-        value = keras.ops.convert_to_numpy(variable)
-        if "bn/" in variable.path:  # statistics and affine parameters at their initial values would hide errors
-            value = rng.uniform(0.5, 1.5, value.shape).astype("float32")
-            variable.assign(value)
-        source[_ours(variable.path)] = value
-    assert source.keys() == {v.path for v in ours.weights}
-    for variable in ours.weights:
-        variable.assign(source[variable.path].reshape(variable.shape))
+        # Statistics and affine parameters at their initial values would hide errors.
+        if "bn/" in variable.path:
+            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+    ours = nfzoo.convert.load(name, "keras", theirs, input_shape=shape)
     images = rng.uniform(0, 255, (2, *shape)).astype("float32")
-    # Their model divides by 255 itself, and with no weights its normalization is the identity.
+    # EfficientNets divide by 255 themselves, and with no weights their normalization is the identity.
     expected = np.asarray(theirs(images))
-    assert expected.std() > 1e-3
-    assert np.abs(expected - np.asarray(ours(images / 255))).max() < 1e-5
+    got = np.asarray(ours(images / 255 if "Efficient" in name else images))
+    assert ours.output_shape == (None, 11) and expected.std() > 1e-3
+    assert np.abs(expected - got).max() < 1e-5 * max(1, np.abs(expected).max())

@@ -38,6 +38,7 @@ def test_overrides_are_typed():
         ({"optimizer.name": "adagrad"}, "adam.*adagrad"),
         ({"agc.clip": 1}, "agc.clip"),
         ({"optimizer.learning_rate": "nan"}, "learning_rate"),
+        ({"optimizer.learning_rate": "Infinity"}, "learning_rate.*finite"),
     ],
 )
 def test_bad_overrides(changes, match):

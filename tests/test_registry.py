@@ -1,29 +1,73 @@
 import re
 
 import keras
+import numpy as np
 import pytest
 
 import nfzoo
-from nfzoo import registry
+from nfzoo import names, registry
 
 
 def test_names_round_trip_and_are_unique():
-    table = registry.names()
-    assert all(str(registry.parse(name)) == name for name in table)
-    assert len(table) == sum(len(m.SPECS) * len(m.ADMITS) for m in registry.FAMILIES.values())
+    table = names.table()
+    assert all(str(names.parse(name)) == name for name in table)
+    assert len(table) == sum(len(m.SPECS) * len(m.ADMITS) for m in names.FAMILIES.values())
     assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in table)
 
 
 def test_aliases_lead_to_models():
-    assert str(registry.parse("efficientnet_b3")) == "bn_efficientnet_b3"
-    assert not registry.aliases().keys() & registry.names().keys()
+    assert str(names.parse("efficientnet_b3")) == "bn_efficientnet_b3"
+    assert str(names.parse("resnet50")) == "bn_resnet50" and str(names.parse("eunnet50")) == "eun_resnet50"
+    assert str(names.parse("nfnet_f4+")) == "nf_nfnet_f4plus"
+    assert not names.aliases().keys() & names.table().keys()
+
+
+def test_timm_and_keras_names_resolve():
+    timm = [
+        *(f"dm_nfnet_f{i}" for i in range(7)), *(f"nfnet_f{i}" for i in range(8)), "nfnet_l0", "test_nfnet",
+        *(f"eca_nfnet_l{i}" for i in range(4)), *(f"nf_regnet_b{i}" for i in range(6)),
+        *(f"nf_{kind}resnet{n}" for kind in ("", "se", "eca") for n in (26, 50, 101)),
+    ]  # fmt: skip
+    assert len(timm) == 36 and {names.parse(name).variant for name in timm} == {"nf"}
+    keras_names = [f"EfficientNetB{i}" for i in range(8)] + [
+        f"ResNet{n}{v}" for n in (50, 101, 152) for v in ("", "V2")
+    ]
+    assert {dict(names.parse(name).overrides)["dialect"] for name in keras_names} == {"keras"}
+
+
+def test_a_dialect_is_a_bundle_of_overrides_that_one_can_still_override():
+    resolve = lambda name, **o: names.resolve_fields(names.parse(name), o)  # noqa: E731
+    variant, spec = resolve("nf_nfnet_f0")
+    assert (spec.padding, variant.activation, variant.gamma_in, variant.skip_gain) == (
+        "same", "gelu_tanh", "activation", 0.0,
+    )  # fmt: skip
+    variant, spec = resolve("nf_nfnet_f0", dialect="timm")
+    assert (spec.padding, variant.activation, variant.gamma_in, variant.skip_gain) == (
+        "symmetric", "gelu", "kernel", None,
+    )  # fmt: skip
+    variant, spec = resolve("dm_nfnet_f0")
+    assert (spec.padding, variant.activation, variant.gamma_in, variant.epsilon_mode) == (
+        "same", "gelu", "activation", "add",
+    )  # fmt: skip
+    assert resolve("nf_nfnet_f0", dialect="timm", epsilon=1e-3)[0].epsilon == 1e-3
+    assert resolve("nf_resnet50")[1].downsample == "stride"
+    assert resolve("nf_resnet50", dialect="timm")[1].downsample == "avg_pool"
+    assert resolve("bn_resnet50", dialect="keras")[1].stride_at == 1
+    with pytest.raises(ValueError, match="timm.*'torch'"):
+        resolve("nf_nfnet_f0", dialect="torch")
 
 
 def test_list_models_filters_and_sorts_naturally():
     assert nfzoo.list_models("sn_*", family="efficientnet") == [f"sn_efficientnet_b{i}" for i in range(8)]
-    assert nfzoo.list_models(variant="gn") == [f"gn_efficientnet_b{i}" for i in range(8)]
+    assert nfzoo.list_models(variant="gn", family="regnet") == [f"gn_regnet_b{i}" for i in range(9)]
     assert not [name for name in nfzoo.list_models() if "test_" in name]
     assert nfzoo.list_models("sn_ffnn*") == ["sn_ffnn_10x100", "sn_ffnn_10x512"]
+
+
+@pytest.mark.parametrize(("word", "known"), [("variant", "none, bn, gn, sn, nf"), ("family", "efficientnet, resnet")])
+def test_unknown_variants_and_families_are_said(word, known):
+    with pytest.raises(ValueError, match=f"one of {known}.*{word}='zz'"):
+        nfzoo.list_models(**{word: "zz"})
 
 
 def test_unknown_name_gives_close_matches():
@@ -36,8 +80,24 @@ def test_inadmissible_variant_gives_the_admissible_ones():
         nfzoo.build("nf_ffnn_10x100")
 
 
+@pytest.mark.parametrize("rate", [1.5, -1, 1, "0.5", float("nan")])
+@pytest.mark.parametrize("keyword", ["dropout_rate", "drop_path_rate"])
+def test_rates_are_probabilities(keyword, rate):
+    for function in (nfzoo.build, lambda name, **overrides: registry.resolve(name, overrides)):
+        with pytest.raises(ValueError, match=rf"{keyword} in \[0, 1\).*{keyword}={re.escape(repr(rate))}"):
+            function("sn_test_efficientnet", **{keyword: rate})
+    registry.resolve("sn_test_efficientnet", {keyword: None})
+    assert nfzoo.build("sn_test_efficientnet", **{keyword: np.float32(0.5)}).count_params()
+
+
+def test_a_plain_network_needs_a_fixed_size():
+    with pytest.raises(ValueError, match=r"fixed size.*input_shape=\(None, None, 3\)"):
+        nfzoo.build("sn_test_ffnn", input_shape=(None, None, 3))
+
+
 def test_registered_models(monkeypatch):
-    monkeypatch.setattr(registry, "_USER_MODELS", {})
+    monkeypatch.setattr(names, "USER_MODELS", {})
+    monkeypatch.setattr(registry, "USER_MODELS", names.USER_MODELS)
 
     @nfzoo.register_model
     def mini(*, classes=10, **kwargs):

@@ -67,6 +67,25 @@ def test_weights_raw_and_effective(images):
     assert ("effective_weight", "head/kernel") not in rows.index
 
 
+def test_the_posters_weights_are_kernels_and_the_scales_of_norms(images):
+    """What PyTorch names "weight", each as one vector; not the gain of weight standardization, nor a bias."""
+    model = nfzoo.build("bn_test_ffnn", size=32)
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(0.5, 2, variable.shape))
+    rows = spp.snapshot(model, *images, crossentropy(), definition="poster").set_index(["kind", "layer"])
+    wanted = {v.path: v.numpy() for v in model.trainable_variables if v.name in ("kernel", "gamma")}
+    for kind in ("weight", "weight_gradient"):
+        assert set(rows.loc[kind].index) == wanted.keys()
+    assert "hidden_norm1/gamma" in wanted
+    for path, x in wanted.items():
+        assert rows.acsm["weight", path] == pytest.approx(np.mean(x**2), rel=1e-5)
+        assert rows.acv["weight", path] == pytest.approx(x.var(), rel=1e-5)
+    assert not any("gamma" in path for path in spp.snapshot(model, images[0]).layer)
+    nf = spp.snapshot(nfzoo.build("nf_test_efficientnet"), images[0], definition="poster")
+    assert not any("gain" in path for path in nf.layer)
+
+
 def test_gradients_of_a_linear_layer_are_the_analytic_ones():
     """Mean squared error of one dense layer: dL/dout = 2 (out - y) / (batch * units)."""
     rng = np.random.default_rng(0)
@@ -209,6 +228,17 @@ def test_a_log_cut_in_the_middle_is_read(tmp_path):
     log.path.write_text(whole[:-5])
     log.append([{"step": 9, "layer": "b"}])
     assert [r["step"] for r in log.read()] == [0, 1, 9]
+
+
+def test_what_is_not_finite_is_null_in_the_log_and_nan_in_the_table(tmp_path):
+    log = spp.SignalLog(tmp_path / "spp.jsonl")
+    log.append([{"step": 0, "acv": np.nan, "acsm": 1.0}, {"step": 1, "acv": -np.inf, "acsm": np.inf}])
+    log.rewind(1)
+    strict = [json.loads(line, parse_constant=pytest.fail) for line in log.path.read_text().splitlines()]
+    assert strict == [{"step": 0, "acv": None, "acsm": 1.0}, {"step": 1, "acv": None, "acsm": None}]
+    table = spp.read(tmp_path)
+    assert table.acv.dtype == table.acsm.dtype == float and table.acv.isna().all()
+    assert table.acsm.isna().tolist() == [False, True]
 
 
 def test_rewind_keeps_what_came_before(tmp_path):

@@ -79,7 +79,7 @@ def test_a_killed_scan_does_the_missing_trials_only(scanned, tmp_path, monkeypat
 
 def test_a_trial_that_cannot_run_stops_the_scan_with_its_own_words(tmp_path, console):
     recipe = recipes.override(RECIPE, {"data.name": "no_such_set"})
-    with pytest.raises(ValueError, match="no_such_set"):
+    with pytest.raises(FileNotFoundError, match="no_such_set"):
         tune.scan(["bn_test_ffnn"], [0.1], recipe, tmp_path, console=console)
 
 

@@ -46,16 +46,46 @@ def test_weights_of_another_architecture_are_listed_and_nothing_is_written(model
 
 
 def test_keras_weights_that_do_not_fit_leave_the_model_as_it_was(model, tmp_path):
-    nfzoo.build("none_test_efficientnet").save_weights(tmp_path / "none.weights.h5")
-    before = model.get_weights()
-    with pytest.raises(ValueError, match=r"none\.weights\.h5"):
-        weights.load(model, tmp_path / "none.weights.h5")
-    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+    """None's lack the norms; Keras would load GN's into NONE and pass over the norms without a word."""
+    plain = nfzoo.build("none_test_efficientnet")
+    plain.save_weights(tmp_path / "none.weights.h5")
+    nfzoo.build("gn_test_efficientnet").save_weights(tmp_path / "gn.weights.h5")
+    for target, name in ((model, "none"), (plain, "gn")):
+        before = target.get_weights()
+        with pytest.raises(ValueError, match=rf"{name}\.weights\.h5.*has no paths"):
+            weights.load(target, tmp_path / f"{name}.weights.h5")
+        assert all(np.array_equal(a, b) for a, b in zip(before, target.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{"include_top": False}, {"features_only": True}])
+def test_a_model_without_its_top_leaves_the_top_of_the_file(model, options, tmp_path):
+    weights.save(model, tmp_path / "bn.safetensors")
+    model.save(tmp_path / "bn.keras")
+    model.save_weights(tmp_path / "bn.weights.h5")
+    stored = {v.path: v for v in model.weights}
+    for name in ("bn.safetensors", "bn.keras"):
+        backbone = nfzoo.build("bn_test_efficientnet", weights=tmp_path / name, **options)
+        assert not any(layer.name == "head" for layer in backbone.layers)
+        assert all(np.array_equal(v, stored[v.path]) for v in backbone.weights)
+    with pytest.raises(ValueError, match=r"has no paths.*\.safetensors"):
+        nfzoo.build("bn_test_efficientnet", weights=tmp_path / "bn.weights.h5", **options)
+    path = weights.save(nfzoo.build("none_test_efficientnet", include_top=False), tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match=r"without .*norm"):
+        nfzoo.build("bn_test_efficientnet", weights=path, **options)
+    with pytest.raises(ValueError, match=r"with unknown .*norm"):
+        nfzoo.build("none_test_efficientnet", weights=tmp_path / "bn.safetensors", **options)
+
+
+def test_a_whole_model_needs_the_whole_file(model, tmp_path):
+    backbone = nfzoo.build("bn_test_efficientnet", include_top=False)
+    path = weights.save(backbone, tmp_path / "backbone.safetensors")
+    with pytest.raises(ValueError, match="without head/bias, head/kernel"):
+        weights.load(model, path)
 
 
 def test_shapes_are_listed(model, tmp_path):
     path = weights.save(model, tmp_path / "bn.safetensors")
-    with pytest.raises(ValueError, match=r"head/kernel \(64, 10\) for \(64, 7\)"):
+    with pytest.raises(ValueError, match=r"head/kernel \(64, 10\) for \(64, 7\).*classes=10.*include_top=False"):
         nfzoo.build("bn_test_efficientnet", classes=7, weights=path)
 
 

@@ -50,11 +50,11 @@ def main(out: pathlib.Path = pathlib.Path("runs/demo"), epochs: int = recipes.ge
     entry = export.export(out / EXPORTED, artefact)
     console.rule()
     console.print(view)
-    console.print(f"signal propagation   {plots.save(signals, out / 'signal_propagation.png')}", soft_wrap=True)
-    console.print(f"loss and accuracy    {plots.save(histories, out / 'history.png')}", soft_wrap=True)
+    print(f"signal propagation   {plots.save(signals, out / 'signal_propagation.png')}")
+    print(f"loss and accuracy    {plots.save(histories, out / 'history.png')}")
     pd.DataFrame(rows).to_csv(out / "results.csv", index=False)
     difference = entry["largest_relative_difference"]
-    console.print(f"SavedModel           {artefact} (reloaded: differs by {difference:.0e})", soft_wrap=True)
+    print(f"SavedModel           {artefact} (reloaded: differs by {difference:.0e})")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     nfzoo.convert.save(model, "mine.safetensors", target="timm")
 
 A source is a module with `DIALECTS` (the readings it can hold, its own first), `IGNORED` (patterns of tensors without a
-counterpart), `read(weights)` → {name: array}, `rule(name, spec)` → function from our variable paths to its names, and
-`to_keras(value, shape)`.
+counterpart), `read(weights, name)` → {name: array}, `rule(name, spec)` → function from our variable paths to its
+names, and `to_keras(value, shape)`.
 """
 
 from nfzoo.convert.driver import load, save

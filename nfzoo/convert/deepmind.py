@@ -78,7 +78,7 @@ def to_keras(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return value.reshape(shape) if value.size == 1 and shape == () else value
 
 
-def read(weights: Any) -> dict[str, np.ndarray]:
+def read(weights: Any, name=None) -> dict[str, np.ndarray]:
     """Read a mapping, a released pickle (they end with .npz but are pickles), or a true .npz."""
     if not isinstance(weights, Mapping):
         path = Path(weights)

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from nfzoo import registry
+from nfzoo import names, registry
 from nfzoo.convert import deepmind, keras_applications, timm
 from nfzoo.files import atomic
 
@@ -42,9 +42,9 @@ def load(name: str, source: str, weights: Any, **build_options) -> keras.Model:
         (None, 3)
     """
     module = _source(source)
-    options = _with_dialect(registry.parse(name), module, build_options)
+    options = _with_dialect(names.parse(name), module, build_options)
     rename = _rule(module, name, options)
-    tensors = _wanted(module.read(weights), module)
+    tensors = _wanted(module.read(weights, names.parse(name)), module)
     # The classifier's bias tells the number of classes; without one the file is a backbone.
     head = tensors.get(rename("head/bias"))
     partial = options.get("features_only") or not options.get("include_top", True)
@@ -133,10 +133,10 @@ def _source(source: str) -> ModuleType:
     return SOURCES[source]
 
 
-def _with_dialect(name: registry.Name, module: ModuleType, options: dict) -> dict:
+def _with_dialect(name: names.Name, module: ModuleType, options: dict) -> dict:
     """The source's dialect, unless the caller's or the name's is one that the source has too."""
     stated = options.get("dialect") or dict(name.overrides).get("dialect")
-    known = registry.FAMILIES[name.family].DIALECTS
+    known = names.FAMILIES[name.family].DIALECTS
     spoken = [dialect for dialect in module.DIALECTS if dialect in known]
     if not spoken:
         raise ValueError(f"Expected an architecture of {module.__name__.split('.')[-1]}. Received: {name}")
@@ -144,8 +144,8 @@ def _with_dialect(name: registry.Name, module: ModuleType, options: dict) -> dic
 
 
 def _rule(module: ModuleType, name: str, options: dict) -> Callable[[str], str]:
-    parsed = registry.parse(name)
-    _, spec = registry.resolve_fields(parsed, {k: v for k, v in options.items() if k not in registry.ARGUMENTS})
+    parsed = names.parse(name)
+    _, spec = names.resolve_fields(parsed, registry.overrides_of(options))
     return module.rule(parsed, spec)
 
 

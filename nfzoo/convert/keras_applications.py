@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 
@@ -68,38 +69,56 @@ def to_keras(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return value.reshape(shape) if value.ndim == 4 and len(shape) == 2 and value.size == np.prod(shape) else value
 
 
-def read(weights: Any) -> dict[str, np.ndarray]:
-    """Read a mapping, a live model, a legacy .h5 file (one group per layer), or a Keras 3 .weights.h5 or .keras file."""
+def read(weights: Any, name) -> dict[str, np.ndarray]:
+    """Read a mapping, a live model, or a file: legacy .h5, Keras 3 .weights.h5 or .keras."""
     if isinstance(weights, Mapping):
         return {key: np.asarray(value) for key, value in weights.items()}
     if isinstance(weights, keras.Model):
         return {v.path: keras.ops.convert_to_numpy(v) for v in weights.weights}
     path = Path(weights)
     if path.name.endswith(".keras"):
-        return read(keras.saving.load_model(path, compile=False))
+        return read(keras.saving.load_model(path, compile=False), name)
+    if not path.exists():
+        raise FileNotFoundError(f"Expected weights of keras.applications. Received: {path}, which does not exist")
     try:
-        return _legacy(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"Expected an HDF5 file. Received: {path}, which is damaged: {error}") from None
+        with h5py.File(path, "r") as file:
+            root = file["model_weights"] if "model_weights" in file else file
+            if "layer_names" in root.attrs:
+                return _by_layer_name(root)
+            head = file.get("layers/dense/vars/0")
+            classes = None if head is None else head.shape[-1]
+    except (OSError, KeyError) as error:
+        raise ValueError(f"Expected an HDF5 file of weights. Received: {path}, which is damaged: {error}") from None
+    return _by_order(path, name, classes)
 
 
-def _legacy(path: Path) -> dict[str, np.ndarray]:
-    import h5py
-
+def _by_layer_name(root) -> dict[str, np.ndarray]:
+    """A legacy file: one group per layer, whose attribute lists the names of its arrays."""
+    text = lambda value: value.decode() if isinstance(value, bytes) else value  # noqa: E731
     tensors = {}
-    with h5py.File(path, "r") as file:
-        root = file["model_weights"] if "model_weights" in file else file
-        if "layer_names" not in root.attrs:
-            raise ValueError(
-                f"Expected a legacy .h5 file of keras.applications. Received: {path}, whose tensors have no layer names: "
-                "load it into the keras.applications model and pass that model as weights."
-            )
-        for layer in root.attrs["layer_names"]:
-            layer = layer.decode() if isinstance(layer, bytes) else layer
-            for name in root[layer].attrs["weight_names"]:
-                name = name.decode() if isinstance(name, bytes) else name
-                leaf = name.rsplit("/", 1)[-1].removesuffix(":0").replace("depthwise_kernel", "kernel")
-                tensors[f"{layer}/{leaf}"] = np.asarray(root[layer][name])
+    for layer in map(text, root.attrs["layer_names"]):
+        for array in map(text, root[layer].attrs["weight_names"]):
+            leaf = array.rsplit("/", 1)[-1].removesuffix(":0").replace("depthwise_kernel", "kernel")
+            tensors[f"{layer}/{leaf}"] = np.asarray(root[layer][array])
     return tensors
+
+
+def _by_order(path: Path, name, classes: int | None) -> dict[str, np.ndarray]:
+    """A Keras 3 file numbers its layers: only the model that it was saved from can tell their names."""
+    maker = _maker(name.row)
+    options = {"include_top": False} if classes is None else {"classes": classes}
+    model = maker(weights=None, classifier_activation=None, **options)
+    try:
+        model.load_weights(path)
+    except Exception as error:
+        raise ValueError(f"Expected weights of {maker.__name__}. Received: {path}, which fails with: {error}") from None
+    return read(model, name)
+
+
+def _maker(row: str):
+    kind, _, size = row.partition("_")
+    known = {"efficientnet": f"EfficientNet{size.upper()}", "resnetv2": f"ResNet{size}V2"}
+    maker = getattr(keras.applications, known.get(kind, kind.replace("resnet", "ResNet")), None)
+    if maker is None:
+        raise ValueError(f"Expected an architecture of keras.applications. Received: {row}")
+    return maker

@@ -42,8 +42,8 @@ class Unpickler(pickle.Unpickler):
         if (module, name) in self.allowed:
             return self.allowed[module, name]
         raise ValueError(
-            f"Expected a pickle of arrays and containers. Received: {self.path}, which names {module}.{name}; it is not "
-            "read, because that could run code. Convert it to safetensors or npz where you trust it."
+            f"Expected a pickle of arrays and containers. Received: {self.path}, which names {module}.{name}; it is "
+            "not read, because that could run code. Convert it to safetensors or npz where you trust it."
         )
 
 

@@ -31,7 +31,7 @@ def rule(name, spec) -> Rule:
     raise ValueError(f"Expected an architecture that timm has. Received: {name}")
 
 
-def _by_layer(layer_name: Callable, scalars: Mapping[str, str] = {}) -> Rule:  # noqa: B006 - never written
+def _by_layer(layer_name: Callable, scalars: Mapping[str, str] = {}) -> Rule:
     """Split our path into block, part and leaf; `layer_name(stage, block, part)` names the layer, 0-based."""
 
     def rename(path: str) -> str:
@@ -103,7 +103,8 @@ def _efficientnet(spec) -> Callable:
     # Without an expansion conv_pw is the projection, and bn1 belongs to the depthwise convolution.
     plain = {"conv2": "conv_dw", "norm2": "bn1", "conv3": "conv_pw", "norm3": "bn2"} | common
     outside = {
-        "stem_conv1": "conv_stem", "stem_norm1": "bn1", "top_conv": "conv_head", "top_norm": "bn2", "head": "classifier",
+        "stem_conv1": "conv_stem", "stem_norm1": "bn1", "top_conv": "conv_head", "top_norm": "bn2",
+        "head": "classifier",
     }  # fmt: skip
 
     def layer_name(stage, block, part):
@@ -149,7 +150,7 @@ def companions(key: str) -> dict[str, np.ndarray]:
 
 
 # ---------------------------------------------------------------- files
-def read(weights: Any) -> dict[str, np.ndarray]:
+def read(weights: Any, name=None) -> dict[str, np.ndarray]:
     """Read a mapping of tensors, .safetensors, or a PyTorch file (.pth, .pt, .bin) without running its code."""
     if not isinstance(weights, Mapping):
         weights = _read_file(Path(weights))

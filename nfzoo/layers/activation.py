@@ -88,5 +88,3 @@ class Gate(keras.layers.Layer):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "gain": self.gain, "magnitude_preserving": self.magnitude_preserving}
-
-

@@ -46,7 +46,7 @@ def standardize(kernel: Any, axes: Sequence[int], gain: Any = None, epsilon: flo
 
 
 class _NativeConvolution:
-    """Let the backend choose the kernel: Keras sends grouped convolutions on a TensorFlow CPU through XLA, 29x slower."""
+    """Let the backend convolve: Keras sends grouped convolutions on a TensorFlow CPU through XLA, 29x slower."""
 
     def convolution_op(self, inputs, kernel):
         return backend.conv(inputs, kernel, self.strides, self.padding, self.dilation_rate)
@@ -158,5 +158,3 @@ class ScaledStdDepthwiseConv2D(_ScaledStd, keras.layers.DepthwiseConv2D):
         kernel = ops.cast(self.effective_kernel(), self.compute_dtype)
         outputs = ops.depthwise_conv(inputs, kernel, self.strides, self.padding, dilation_rate=self.dilation_rate)
         return outputs + self.bias if self.use_bias else outputs
-
-

@@ -49,6 +49,11 @@ def conventions(spec: Spec, variant: str) -> dict:
 
 def body(spec: Spec, variant, x):
     """Build everything between the image and the classifier; there is no feature pyramid."""
+    if None in x.shape[1:]:
+        raise ValueError(
+            f"Expected an image of fixed size for a plain network. Received: input_shape={x.shape[1:]}. "
+            "Pass input_shape=(height, width, channels) in numbers."
+        )
     x = variant.flatten(x)
     for number in range(1, spec.depth):
         site = Site("hidden", role="stem" if number == 1 else "plain", index=number)

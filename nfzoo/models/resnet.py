@@ -79,7 +79,7 @@ def conventions(spec: Spec, variant: str) -> dict:
     if variant in ("nf", "skipinit"):
         fields["preactivation"] = True
     if variant == "none":
-        # By fan-out the stem (3 channels in, 64 out) would take nearly all of the signal, with nothing to bring it back.
+        # By fan-out the stem (3 channels in, 64 out) would take nearly all of the signal, and nothing brings it back.
         fields["init"] = "he"
     if variant in ("rescale", "eun") or (variant == "nf" and dialect == "timm"):
         fields["downsample"] = "avg_pool"

@@ -125,7 +125,7 @@ class Variant:
 
     # ------------------------------------------------------------ attention
     def squeeze_excite(self, x, hidden: int, kind: str | None, site: Site):
-        """Global average, dense, activation (`kind`, or the variant's own), dense, sigmoid gate on the channels of x."""
+        """Global average, dense, activation (`kind`, or the variant's own), dense, sigmoid gate on the channels."""
         at, channels = Site(f"{site.prefix}_se"), x.shape[-1]
 
         def dense(units, inputs, name):
