@@ -14,16 +14,23 @@ TINY = nfzoo.list_models("*_test_*", tests=True)
 
 
 def _random_weights(model, seed=0):
-    """Zero-initialised gains would hide their branch."""
+    """Gains, kernels and classifiers that start at zero would hide their branch."""
     rng = np.random.default_rng(seed)
     for variable in model.trainable_variables:
         if len(variable.shape) < 2:
             variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+        elif not np.any(variable):
+            variable.assign(rng.normal(0, np.prod(variable.shape[:-1]) ** -0.5, variable.shape))
+
+
+def _build(name, **options):
+    size = 8 if "ffnn" in name else 64 if "nfnet" in name else 32
+    return nfzoo.build(name, classes=10, input_shape=(size, size, 3), **options)
 
 
 @pytest.fixture
 def tiny(request):
-    model = nfzoo.build(request.param)
+    model = _build(request.param)
     _random_weights(model)
     return model
 
@@ -56,7 +63,7 @@ def test_output_is_finite_and_every_variable_has_a_gradient(tiny):
 
 @pytest.mark.parametrize("name", TINY)
 def test_loss_falls_on_one_batch(name):
-    model = nfzoo.build(name, dropout_rate=0.0)
+    model = _build(name, dropout_rate=0.0)
     model.compile(keras.optimizers.Adam(3e-3), crossentropy())
     x, y = _noise(model), np.arange(8) % 10
     losses = model.fit(x, y, epochs=25, batch_size=8, verbose=0).history["loss"]

@@ -41,8 +41,9 @@ def test_all_is_sorted_and_resolves():
 
 def test_what_is_public():
     assert nfzoo.__all__ == [
-        "AGC", "NFModel", "SignalPropagation", "agc", "build", "convert", "data", "engine", "export", "layers", "list_models",
-        "model_info", "numerics", "plots", "recipes", "register_model", "set_head", "spp", "tune", "weights",
+        "AGC", "NFModel", "SignalPropagation", "agc", "build", "convert", "data", "engine", "export", "layers",
+        "list_models", "model_info", "numerics", "plots", "recipes", "register_model", "set_head", "spp", "tune",
+        "weights",
     ]  # fmt: skip
 
 
