@@ -91,8 +91,8 @@ def parse(name: str) -> Name:
         ValueError: for an unknown name (close matches are given) or a variant that the family does not admit.
 
     Example:
-        >>> parse("sn_efficientnet_b0")
-        Name(variant='sn', row='efficientnet_b0', family='efficientnet')
+        >>> str(parse("sn_efficientnet_b0")), str(parse("dm_nfnet_f0"))
+        ('sn_efficientnet_b0', 'nf_nfnet_f0')
     """
     if name in table():
         return table()[name]
@@ -124,8 +124,8 @@ def list_models(
         ValueError: for a variant or a family that nothing has.
 
     Example:
-        >>> list_models("*_efficientnet_b0")
-        ['bn_efficientnet_b0', 'gn_efficientnet_b0', 'nf_efficientnet_b0', 'none_efficientnet_b0', 'sn_efficientnet_b0']
+        >>> list_models("?n_efficientnet_b0")
+        ['bn_efficientnet_b0', 'gn_efficientnet_b0', 'sn_efficientnet_b0']
     """
     for word, value in (("variant", variant), ("family", family)):
         known = dict.fromkeys(getattr(name, word) for name in table().values())

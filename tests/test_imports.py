@@ -232,7 +232,7 @@ print(json.dumps([rows.to_dict("list"), logs, sums]))
 """
 
 
-@pytest.mark.parametrize("name", ["nf_test_efficientnet", "bn_test_efficientnet"])
+@pytest.mark.parametrize("name", ["nf_test_efficientnet", "bn_test_resnet"])
 def test_tensorflow_and_jax_agree_in_float64(name, fresh_process):
     """The same statistics, the same gradients at taps and weights, and the same clipped training steps."""
     rows, logs, sums = fresh_process(_MEASURE, name, KERAS_BACKEND="tensorflow")

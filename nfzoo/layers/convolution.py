@@ -60,8 +60,8 @@ class GroupedConv2D(_NativeConvolution, keras.layers.Conv2D):
 
     Example:
         >>> import numpy as np
-        >>> GroupedConv2D(8, 3, groups=4)(np.ones((1, 5, 5, 4), "float32")).shape[1:]
-        (3, 3, 8)
+        >>> tuple(GroupedConv2D(8, 3, groups=4)(np.ones((1, 5, 5, 4), "float32")).shape)
+        (1, 3, 3, 8)
     """
 
 

@@ -1,0 +1,221 @@
+"""Time training steps of nfzoo against its peers, in turn, and print the ratios.
+
+    python training/benchmark.py            # every case whose peers are installed
+    python training/benchmark.py --list
+
+Each contestant is a process of its own with all cores; the processes take turns, a few steps each, so that both see the
+same machine. A ratio is nfzoo's time over the peer's, the median over the rounds: below 1 nfzoo is faster. Rows are
+appended to training/results/benchmark.csv. timm (with PyTorch) is optional: `pip install torch timm`.
+"""
+
+import contextlib
+import datetime
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "benchmark.csv"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: the same network, batch and work for each contestant."""
+
+    ours: str
+    size: int
+    batch: int
+    peers: tuple[str, ...]
+    """"library:model"."""
+    target: float | None = None
+    """Largest ratio that we accept against the first peer."""
+    classes: int = 1000
+
+
+CASES = {
+    "nfnet_f0": Case("nf_nfnet_f0", 192, 4, ("timm:dm_nfnet_f0",), 0.95),
+    "nf_resnet50": Case("nf_resnet50", 224, 8, ("timm:nf_resnet50",), 0.9),
+    "efficientnet_b0_32px": Case(
+        "bn_efficientnet_b0", 32, 128, ("keras.applications:EfficientNetB0", "timm:tf_efficientnet_b0"), classes=100
+    ),
+}
+
+
+# ---------------------------------------------------------------- contestants: each returns a function of one step
+def _keras_step(model, images, labels):
+    import keras
+
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return lambda: model.train_on_batch(images, labels)
+
+
+def nfzoo_step(name: str, case: Case, images, labels):
+    import nfzoo
+
+    shape = images.shape[1:]
+    return _keras_step(nfzoo.build(name, classes=case.classes, input_shape=shape), images, labels)
+
+
+def keras_step(name: str, case: Case, images, labels):
+    import keras
+
+    options = {"weights": None, "classes": case.classes, "classifier_activation": None}
+    model = getattr(keras.applications, name)(input_shape=images.shape[1:], **options)
+    return _keras_step(model, images, labels)
+
+
+def timm_step(name: str, case: Case, images, labels):
+    import timm
+    import torch
+
+    model = timm.create_model(name, num_classes=case.classes).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    y = torch.from_numpy(labels).long()
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+LIBRARIES = {"nfzoo": nfzoo_step, "keras.applications": keras_step, "timm": timm_step}
+PACKAGES = {"nfzoo": ("nfzoo",), "keras.applications": ("keras",), "timm": ("torch", "timm")}
+
+
+def work(case_name: str, contestant: str) -> None:
+    """Contestant's process: build, warm up, then for every number read from stdin do so many steps, print seconds."""
+    import numpy as np
+
+    case, (library, name) = CASES[case_name], contestant.split(":")
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((case.batch, case.size, case.size, 3)).astype("float32")
+    labels = rng.integers(0, case.classes, case.batch)
+    began = time.perf_counter()
+    step = LIBRARIES[library](name, case, images, labels)
+    built = time.perf_counter() - began
+    for _ in range(3):
+        step()
+    print(json.dumps(built), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        print(json.dumps((time.perf_counter() - began) / int(line)), flush=True)
+
+
+# ---------------------------------------------------------------- the race
+class Contestant:
+    """A process that waits for its turn."""
+
+    def __init__(self, case: str, name: str):
+        command = [sys.executable, __file__, "--work", case, name]
+        quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.name, self.process = name, subprocess.Popen(command, text=True, env=quiet, **pipes)
+        self.build_seconds, self.seconds = self._read(), []
+
+    def _read(self) -> float:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"Expected a time from {self.name}. Received: its process ended")
+        return json.loads(line)
+
+    def run(self, steps: int) -> None:
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        self.seconds.append(self._read())
+
+
+def installed(contestant: str) -> bool:
+    return all(importlib.util.find_spec(package) for package in PACKAGES[contestant.split(":")[0]])
+
+
+def race(case_name: str, rounds: int, steps: int) -> list[dict]:
+    """Let the contestants of a case take turns; return one row per peer."""
+    case = CASES[case_name]
+    present = [f"nfzoo:{case.ours}", *(peer for peer in case.peers if installed(peer))]
+    with contextlib.ExitStack() as stack:
+        contestants = []
+        for name in present:
+            contestants.append(Contestant(case_name, name))
+            stack.callback(contestants[-1].process.kill)
+        for _ in range(rounds):
+            for contestant in contestants:
+                contestant.run(steps)
+    ours, *peers = contestants
+    return [
+        {
+            "case": case_name, "peer": peer.name, "size": case.size, "batch": case.batch,
+            "ratio": statistics.median(a / b for a, b in zip(ours.seconds, peer.seconds, strict=True)),
+            "target": case.target if peer.name == case.peers[0] else None,
+            "our_ms": 1000 * statistics.median(ours.seconds), "peer_ms": 1000 * statistics.median(peer.seconds),
+            "our_build_s": ours.build_seconds, "rounds": rounds, "steps": steps,
+        }
+        for peer in peers
+    ]  # fmt: skip
+
+
+def main(
+    cases: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(CASES)}; default: all")] = None,
+    rounds: Annotated[int, typer.Option(help="turns of each contestant")] = 7,
+    steps: Annotated[int, typer.Option(help="training steps per turn")] = 3,
+    list_: Annotated[bool, typer.Option("--list", help="show the cases and stop")] = False,
+    record: Annotated[bool, typer.Option(help="append to training/results/benchmark.csv")] = True,
+) -> None:
+    """Time training steps of nfzoo against its peers."""
+    console = Console()
+    unknown = set(cases or ()) - CASES.keys()
+    if unknown:
+        raise typer.BadParameter(f"Expected cases among {', '.join(CASES)}. Received: {', '.join(sorted(unknown))}")
+    if list_:
+        for name, case in CASES.items():
+            console.print(f"{name}: {case.ours} {case.size}x{case.size}, batch {case.batch}, against {case.peers}")
+        return
+    view = Table("case", "peer", "ratio", "at most", "nfzoo ms", "peer ms", title="training step, nfzoo over peer")
+    rows = []
+    for name in cases or CASES:
+        absent = [peer for peer in CASES[name].peers if not installed(peer)]
+        if absent:
+            console.print(f"{name}: {', '.join(absent)} not installed (pip install torch timm): left out")
+        with console.status(f"{name}: building and racing"):
+            rows += race(name, rounds, steps)
+    for row in rows:
+        numbers = (f"{row['ratio']:.2f}", str(row["target"] or ""), f"{row['our_ms']:.0f}", f"{row['peer_ms']:.0f}")
+        view.add_row(row["case"], row["peer"], *numbers)
+    console.print(view)
+    if record and rows:
+        _record(rows)
+
+
+def _record(rows: list[dict]) -> None:
+    from nfzoo import engine
+
+    facts = engine.environment()
+    common = {
+        "date": datetime.date.today().isoformat(), "commit": facts["commit"], "machine": facts["machine"],
+        "versions": json.dumps(facts["versions"]),
+    }  # fmt: skip
+    new = pd.DataFrame([{**row, **common} for row in rows]).round(4)
+    new.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        work(*sys.argv[2:4])
+    else:
+        typer.run(main)
