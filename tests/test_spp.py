@@ -110,7 +110,8 @@ def test_gradients_at_taps_equal_finite_differences():
     name = "stage2_block2_out"
     head = keras.Model(model.get_layer(name).output, model.output)
     value = np.asarray(keras.Model(model.input, model.get_layer(name).output)(x))
-    got = backend.signals(model, [name], crossentropy(), lambda *signals: signals[2][name])(x, y)
+    loss = lambda x, y, outputs: crossentropy()(y, outputs)  # noqa: E731
+    got = backend.signals(model, {name: model.get_layer(name)}, loss, lambda *signals: signals[2][name])(x, y)
     got = keras.ops.convert_to_numpy(got)
     step = 1e-5
     for i in rng.choice(value.size, 40, replace=False):
@@ -143,7 +144,7 @@ def test_callback_records_at_init_and_every_epoch_and_writes_lines(images, tmp_p
     model.fit(*images, epochs=2, batch_size=4, verbose=0, callbacks=[probe])
     table = spp.read(tmp_path)
     assert table[["step", "epoch"]].drop_duplicates().to_numpy().tolist() == [[0, 0], [2, 1], [4, 2]]
-    assert set(table.kind) == set(spp.KINDS)
+    assert set(table.kind) == set(spp.KINDS) - {"parameter"}
     assert table[table.place == "branch"].layer.nunique() == 6
     assert len(table) == len(probe.table()) == len((tmp_path / "spp.jsonl").read_text().splitlines())
 
@@ -193,13 +194,156 @@ def test_bad_options(options, match, images):
         spp.snapshot(nfzoo.build("sn_test_efficientnet"), images[0], **options)
 
 
-def test_subclassed_models_are_refused():
-    class Own(keras.Model):
-        def call(self, x):
-            return x
+def test_a_model_without_a_graph_must_be_built():
+    with pytest.raises(ValueError, match="built.*call it"):
+        spp.snapshot(keras.Sequential([keras.layers.Dense(2)]), np.zeros((1, 2), "float32"))
 
-    with pytest.raises(ValueError, match="functional.*Own"):
-        spp.snapshot(Own(), np.zeros((1, 2), "float32"), taps="layers")
+
+# ---------------------------------------------------------------- any model
+RNG = np.random.default_rng(0)
+X, Y = RNG.standard_normal((6, 4)).astype("float32"), RNG.standard_normal((6, 2)).astype("float32")
+
+
+class Own(keras.Model):
+    """A subclassed model: no graph to cut."""
+
+    def __init__(self):
+        super().__init__(name="own")
+        self.first, self.second = keras.layers.Dense(3, name="first"), keras.layers.Dense(2, name="second")
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def _sequential():
+    return keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, name="first"), keras.layers.Dense(2, name="second")]
+    )
+
+
+def _nested():
+    inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="first")], name="inner")
+    x = keras.Input((4,))
+    return keras.Model(x, keras.layers.Dense(2, name="second")(inner(x)))
+
+
+@pytest.mark.parametrize(("make", "first"), [(_sequential, "first"), (_nested, "inner/first"), (Own, "first")])
+def test_sequential_nested_and_subclassed_models(make, first):
+    """Activations, and the analytic gradients of a linear network, whatever the model is made of."""
+    model = make()
+    model(X)
+    rows = spp.snapshot(model, X, Y, "mse", taps="layers").set_index(["kind", "layer"])
+    weights = {v.path.split("/", 1 if v.path.count("/") > 1 else 0)[-1]: np.array(v) for v in model.weights}
+    kernels = [w for path, w in weights.items() if "kernel" in path]
+    hidden = X @ kernels[0]
+    at_output = 2 * (hidden @ kernels[1] - Y) / Y.size
+    at_hidden = at_output @ kernels[1].T
+    assert rows.second_moment["activation", first] == pytest.approx(np.mean(hidden**2), rel=1e-5)
+    assert rows.second_moment["gradient", "second"] == pytest.approx(np.mean(at_output**2), rel=1e-5)
+    assert rows.second_moment["gradient", first] == pytest.approx(np.mean(at_hidden**2), rel=1e-5)
+
+
+def test_a_shared_layer_is_seen_at_every_call():
+    shared = keras.layers.Dense(4, name="shared")
+    x = keras.Input((4,))
+    model = keras.Model(x, shared(shared(x)))
+    rows = spp.snapshot(model, X, taps="layers", what=("activations",)).set_index("layer")
+    kernel = np.array(shared.kernel)
+    assert rows.index.tolist() == ["shared", "shared#2"]
+    assert rows.second_moment["shared#2"] == pytest.approx(np.mean((X @ kernel @ kernel) ** 2), rel=1e-5)
+
+
+def test_several_outputs_take_the_compiled_loss():
+    x = keras.Input((4,))
+    outputs = {"a": keras.layers.Dense(2, name="a")(x), "b": keras.layers.Dense(2, name="b")(x)}
+    model = keras.Model(x, outputs)
+    model.compile("sgd", {"a": "mse", "b": "mse"}, loss_weights={"a": 1.0, "b": 3.0})
+    targets = {"a": Y, "b": Y}
+    rows = spp.snapshot(model, X, targets, taps="layers").set_index(["kind", "layer"])
+    gradient = 3 * 2 * (X @ np.array(model.get_layer("b").kernel) - Y) / Y.size
+    assert rows.second_moment["gradient", "b"] == pytest.approx(np.mean(gradient**2), rel=1e-5)
+    probe = nfzoo.SignalPropagation(X, targets, taps="layers")
+    model.fit(X, targets, epochs=1, verbose=0, callbacks=[probe])
+    assert probe.table().step.unique().tolist() == [0, 1]
+
+
+def test_taps_by_class_name_and_function():
+    model = nfzoo.build("bn_test_resnet")
+    merges = spp.select_taps(model, nfzoo.layers.Merge)
+    assert merges == [name for name in spp.select_taps(model, "layers") if name.endswith("_sum")]
+    assert spp.select_taps(model, lambda layer: layer.name == "head") == ["head"]
+    assert spp.select_taps(model, ["head", nfzoo.layers.Merge]) == [*merges, "head"]
+    foreign = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=4)
+    assert all(isinstance(foreign.get_layer(name), keras.layers.Add) for name in spp.select_taps(foreign))
+
+
+# ---------------------------------------------------------------- the table of statistics
+NUMPY = {
+    "acsm": lambda x: np.mean(x.mean((0, 1, 2)) ** 2),
+    "acv": lambda x: np.mean(x.var((0, 1, 2))),
+    "second_moment": lambda x: np.mean(x**2),
+    "mean": np.mean,
+    "norm": lambda x: np.linalg.norm(x.ravel()),
+    "kurtosis": lambda x: np.mean(((x - x.mean((0, 1, 2))) ** 4).mean((0, 1, 2)) / x[..., :].var((0, 1, 2)) ** 2),
+    "nonzero": lambda x: np.count_nonzero(x) / x.size,
+    "dead": lambda x: np.mean([not x[..., c].any() for c in range(x.shape[-1])]),
+    "saturated": lambda x: np.mean(
+        [np.mean((c >= c.max() - 0.01 * np.ptp(c)) | (c <= c.min() + 0.01 * np.ptp(c))) for c in np.moveaxis(x, -1, 0)]
+    ),
+}
+
+
+def test_every_statistic_equals_numpy():
+    x = np.maximum(RNG.standard_normal((4, 5, 5, 6)), 0)
+    got = spp.statistics(x, names=tuple(spp.STATS))
+    assert got.keys() == NUMPY.keys()
+    for name, function in NUMPY.items():
+        assert float(got[name]) == pytest.approx(float(function(x)), rel=1e-5), name
+    x[..., 2] = 0
+    assert float(spp.statistics(x, names=["dead"])["dead"]) == pytest.approx(1 / 6)
+
+
+def test_a_users_statistic_is_a_column(images, monkeypatch):
+    monkeypatch.setitem(spp.STATS, "largest", None)  # and is taken out again
+
+    @spp.statistic
+    def largest(x, axes):
+        return keras.ops.max(keras.ops.abs(x))
+
+    rows = spp.snapshot(
+        nfzoo.build("sn_test_ffnn"), images[0][:, :8, :8], statistics=["largest"], what=("activations",)
+    )
+    assert rows.largest.gt(0).all() and "acv" not in rows
+    with pytest.raises(ValueError, match="acsm.*zz"):
+        spp.snapshot(nfzoo.build("sn_test_ffnn"), images[0][:, :8, :8], statistics="zz")
+
+
+def test_weight_gradients_tell_what_agc_would_clip(images):
+    model = nfzoo.build("nf_test_resnet")
+    model.compile("sgd", crossentropy(), agc=nfzoo.AGC(0.02))
+    rows = spp.snapshot(model, *images, taps="blocks").set_index(["kind", "layer"]).loc["weight_gradient"]
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        loss = crossentropy()(images[1], model(images[0], training=True))
+    gradients = dict(
+        zip([v.path for v in model.trainable_variables], tape.gradient(loss, model.trainable_variables), strict=True)
+    )
+    for path in ("stem_conv1/kernel", "stage2_block1_conv2/kernel"):
+        w, g = (np.array(t) for t in (next(v for v in model.weights if v.path == path), gradients[path]))
+        units = lambda t: np.maximum(np.linalg.norm(t.reshape(-1, t.shape[-1]), axis=0), 0)  # noqa: E731
+        clipped = units(g) > 0.02 * np.maximum(units(w), 1e-3)
+        assert rows.agc_clipped[path] == pytest.approx(clipped.mean())
+        assert rows.to_weight[path] == pytest.approx(np.linalg.norm(g) / np.linalg.norm(w), rel=1e-4)
+
+
+def test_parameters_are_scales_statistics_and_learnable_scalars(images):
+    model = nfzoo.build("nf_test_resnet")
+    model.get_layer("stage1_block1_out").gain.assign(0.25)
+    rows = spp.snapshot(model, images[0], what=("parameters",)).set_index("layer")
+    assert rows.value["stage1_block1_out/gain"] == 0.25 and set(rows.kind) == {"parameter"}
+    norms = spp.snapshot(nfzoo.build("bn_test_resnet"), images[0], what=("parameters",)).layer
+    assert {path.rsplit("/")[-1] for path in norms} == {"gamma", "beta", "moving_mean", "moving_variance"}
 
 
 def test_bad_schedule():

@@ -3,6 +3,8 @@
 import jax
 import keras
 
+from nfzoo.backend.taps import loss_scale, loss_state, recording, training_mode
+
 
 class Step:
     """`train_step` with adaptive gradient clipping; without an `agc`, Keras' own."""
@@ -32,57 +34,47 @@ def sync(model: keras.Model) -> None:
     model.jax_state_sync()
 
 
-class _Perturb(keras.layers.Layer):
-    """Add the zero that a tap is differentiated by: JAX has gradients of inputs only."""
+def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, reduce):
+    """Compile a probe of one model; see `nfzoo.backend.tensorflow.signals`, of which this is the equivalent.
 
-    zeros: dict = {}
-
-    def call(self, inputs):
-        zero = self.zeros.get(self.name)
-        return inputs if zero is None else inputs + zero
-
-
-def signals(model: keras.Model, taps: list[str], compute_loss, reduce):
-    """Compile a probe of one model; see `nfzoo.backend.tensorflow.signals`, of which this is the equivalent."""
-    outputs = {}
-
-    def tapped(layer, *args, **kwargs):
-        value = layer(*args, **kwargs)
-        if layer.name in taps:
-            value = outputs[layer.name] = _Perturb(name=f"{layer.name}__probe")(value)
-        return value
-
-    view = keras.Model(model.input, model.outputs[0])  # uncompiled, so that the clone is
-    clone = keras.models.clone_model(view, call_function=tapped)
-    probe = keras.Model(clone.input, {"taps": outputs, "outputs": clone.outputs[0]})
-    paths = [v.path for v in view.trainable_variables]
+    JAX differentiates by inputs only: every tapped output gets a zero added, by which the loss is differentiated.
+    """
+    paths = [v.path for v in model.trainable_variables]
+    scale, mode = loss_scale(model), training_mode(model)
 
     @jax.jit
-    def run(x, y, trainable, non_trainable):
+    def run(x, y, trainable, non_trainable, counters):
         def forward(trainable, zeros):
-            _Perturb.zeros = zeros
-            values, _ = probe.stateless_call(trainable, non_trainable, x, training=True)
-            _Perturb.zeros = {}
-            loss = 0.0 if compute_loss is None else compute_loss(y, values["outputs"])
-            return loss, values["taps"]
+            seen = {}
+
+            def see(name, value):
+                seen[name] = value + zeros[name] if name in zeros else value
+                return seen[name]
+
+            with recording(taps, see):
+                outputs, _ = model.stateless_call(trainable, non_trainable, x, **mode)
+            with keras.StatelessScope(loss_state(model, trainable, counters)):
+                loss = 0.0 if compute_loss is None else compute_loss(x, y, outputs) * scale
+            return loss, seen
 
         if compute_loss is None:
             return reduce(forward(trainable, {})[1], dict(zip(paths, trainable, strict=True)), {}, {})
         shapes = jax.eval_shape(lambda t: forward(t, {})[1], trainable)
-        zeros = {f"{name}__probe": jax.numpy.zeros(s.shape, s.dtype) for name, s in shapes.items()}
+        zeros = {name: jax.numpy.zeros(s.shape, s.dtype) for name, s in shapes.items()}
         (_, values), gradients = jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)(trainable, zeros)
-        at_weights, at_taps = gradients
-        return reduce(
-            values,
-            dict(zip(paths, trainable, strict=True)),
-            {name: at_taps[f"{name}__probe"] for name in values},
-            dict(zip(paths, at_weights, strict=True)),
-        )
+        at_weights, at_taps = jax.tree.map(lambda g: g.astype(_wide(g)) / scale, gradients)
+        weights = dict(zip(paths, trainable, strict=True))
+        return reduce(values, weights, at_taps, dict(zip(paths, at_weights, strict=True)))
 
     def call(x, y):
-        return run(x, y, [v.value for v in view.trainable_variables], [v.value for v in view.non_trainable_variables])
+        groups = (model.trainable_variables, model.non_trainable_variables, model.metrics_variables)
+        return run(x, y, *([v.value for v in group] for group in groups))
 
     return call
+
+
+def _wide(gradient):
+    return "float32" if gradient.dtype in ("float16", "bfloat16") else gradient.dtype
 
 
 def conv(x, kernel, strides, padding: str, dilation_rate=1):

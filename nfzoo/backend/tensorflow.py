@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from nfzoo.backend.taps import loss_scale, loss_state, recording, training_mode
+
 
 class Step:
     """`train_step` with adaptive gradient clipping; without an `agc`, Keras' own."""
@@ -45,45 +47,56 @@ def sync(model: keras.Model) -> None:
     """Variables are always up to date here."""
 
 
-def signals(model: keras.Model, taps: list[str], compute_loss, reduce):
+def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, reduce):
     """Compile a probe of one model: forward values of the taps, gradients at the taps and at the weights, reduced.
 
     Args:
-        model: a functional model.
-        taps: names of layers whose outputs are observed.
-        compute_loss: (y, outputs) -> scalar loss; None for a probe without gradients.
+        model: any built model.
+        taps: name -> layer whose output is observed.
+        compute_loss: (x, y, outputs) -> scalar loss; None for a probe without gradients.
         reduce: (activations, weights, gradients, weight_gradients) -> structure of scalars. The first and third map
             tap names to tensors, the others variable paths; the gradients are empty without a loss.
 
     Returns:
         A function (x, y) -> structure of scalars that leaves every state of the model as it was.
     """
-    outputs = {name: model.get_layer(name).output for name in taps}
-    probe = keras.Model(model.input, {"taps": outputs, "outputs": model.outputs[0]})
-    paths = [v.path for v in probe.trainable_variables]
+    paths = [v.path for v in model.trainable_variables]
+    scale, mode = loss_scale(model), training_mode(model)
 
     # XLA multiplies the time of a convolutional graph on a CPU; the probe stays in the plain graph.
     @tf.function(jit_compile=False)
-    def run(x, y, trainable, non_trainable):
-        if compute_loss is None:
-            values, _ = probe.stateless_call(trainable, non_trainable, x, training=True)
-            return reduce(values["taps"], dict(zip(paths, trainable, strict=True)), {}, {})
+    def run(x, y, trainable, non_trainable, counters):
+        seen = {}
+
+        def see(name, value):
+            seen[name] = value
+            return value
+
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(trainable)
-            values, _ = probe.stateless_call(trainable, non_trainable, x, training=True)
-            loss = compute_loss(y, values["outputs"])
-        wanted = [values["taps"], dict(zip(paths, trainable, strict=True))]
+            with recording(taps, see):
+                outputs, _ = model.stateless_call(trainable, non_trainable, x, **mode)
+            with keras.StatelessScope(loss_state(model, trainable, counters)):
+                loss = None if compute_loss is None else compute_loss(x, y, outputs) * scale
+        wanted = [seen, dict(zip(paths, trainable, strict=True))]
+        if loss is None:
+            return reduce(*wanted, {}, {})
         gradients = tape.gradient(loss, wanted, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return reduce(*wanted, *gradients)
+        return reduce(*wanted, *keras.tree.map_structure(lambda g: tf.cast(g, _wide(g)) / scale, gradients))
 
     def call(x, y):
         state = (
             [tf.convert_to_tensor(v.value) for v in vs]
-            for vs in (probe.trainable_variables, probe.non_trainable_variables)
+            for vs in (model.trainable_variables, model.non_trainable_variables, model.metrics_variables)
         )
-        return run(tf.convert_to_tensor(x), None if y is None else tf.convert_to_tensor(y), *state)
+        tensors = keras.tree.map_structure(tf.convert_to_tensor, (x, y), none_is_leaf=False)
+        return run(*tensors, *state)
 
     return call
+
+
+def _wide(gradient):
+    return tf.float32 if gradient.dtype in (tf.float16, tf.bfloat16) else gradient.dtype
 
 
 def conv(x, kernel, strides, padding: str, dilation_rate=1):

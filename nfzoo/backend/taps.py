@@ -1,0 +1,55 @@
+"""See what layers put out while a model runs: nested, shared, sequential or subclassed, on any backend."""
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+
+import keras
+
+
+@contextlib.contextmanager
+def recording(taps: dict[str, keras.Layer], see: Callable) -> Iterator[None]:
+    """While this lasts, what `see(name, output)` returns takes the place of a tapped layer's output.
+
+    A layer that is called again is seen as "name#2", "name#3". Outputs that are no single tensor pass unseen.
+    """
+    for name, layer in taps.items():
+        # The instance's attribute shadows the method; set past Keras' tracking, which locks built layers.
+        object.__setattr__(layer, "call", _seen(name, layer.call, see))
+    try:
+        yield
+    finally:
+        for layer in taps.values():
+            object.__delattr__(layer, "call")
+
+
+def _seen(name: str, call: Callable, see: Callable) -> Callable:
+    times = itertools.count(1)
+
+    def seen_call(*args, **kwargs):
+        output = call(*args, **kwargs)
+        if not keras.ops.is_tensor(output):
+            return output
+        time = next(times)
+        return see(name if time == 1 else f"{name}#{time}", output)
+
+    return seen_call
+
+
+def training_mode(model: keras.Model) -> dict:
+    """Arguments that put a call of the model into training mode; a model without such a mode takes none."""
+    known = inspect.signature(type(model).call).parameters
+    return {"training": True} if "training" in known else {}
+
+
+def loss_scale(model: keras.Model) -> float:
+    """A factor for the loss that keeps small gradients above the least number of float16; they are divided by it."""
+    half = any(layer.compute_dtype == "float16" for layer in model._flatten_layers(include_self=False))
+    return 1024.0 if half else 1.0
+
+
+def loss_state(model: keras.Model, trainable, counters) -> list[tuple]:
+    """What a loss may read and write, for a stateless scope: weights that it penalises, means that it keeps."""
+    pairs = zip([*model.trainable_variables, *model.metrics_variables], [*trainable, *counters], strict=True)
+    return list(pairs)
