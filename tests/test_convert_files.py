@@ -70,7 +70,12 @@ def _tensor(kind="FloatStorage", numbers=2, size=2) -> bytes:
 def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
     good = _zip(tmp_path / "good.pth", _tensor(), _0=np.float32([1, 2]).tobytes())
     assert timm.read(good)["w"].tolist() == [1, 2]
-    for content, message in ((_tensor(size=9), "beyond its storage of 2"), (_tensor("HalfTensor"), "torch.HalfTensor")):
+    for content, message in (
+        (_tensor(size=9), "beyond its storage of 2"),
+        (_tensor("HalfTensor"), "torch.HalfTensor"),
+        (_tensor("Size"), "unknown reference"),
+        (_tensor().replace(b"I2\ntQ", b"I2\nI1\ntQ"), "unknown reference"),  # a storage that views another
+    ):
         with pytest.raises(ValueError, match=message):
             timm.read(_zip(tmp_path / "bad.pth", content, _0=bytes(8)))
     with pytest.raises(ValueError, match="damaged.*buffer"):
@@ -242,6 +247,27 @@ def test_arrays_under_both_names_of_numpy_s_modules_and_of_jax():
     assert np.array_equal(pickles.load(pickle.dumps(np.ones(3, ml_dtypes.bfloat16))), np.ones(3))
     on_device = pytest.importorskip("jax.numpy").arange(3.0)
     assert pickles.load(pickle.dumps(on_device)).tolist() == [0, 1, 2]
+
+
+def test_an_npz_file_of_objects_or_with_other_bytes_is_refused(tmp_path):
+    path, victim = tmp_path / "F0.npz", tmp_path / "executed"
+    np.savez(path, w=np.array([_Evil(victim)], object))
+    with pytest.raises(ValueError, match=r"F0\.npz, which fails with: Object arrays"):
+        nfzoo.convert.load("nfnet_f0", "deepmind", path)
+    assert not victim.exists()
+    np.savez(path, w=np.ones(99))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(np.ones(2).tobytes(), np.zeros(2).tobytes(), 1))
+    with pytest.raises(ValueError, match=r"F0\.npz, which fails with: Bad CRC"):
+        nfzoo.convert.load("nfnet_f0", "deepmind", path)
+
+
+@pytest.mark.parametrize(("source", "name"), [("timm", "model.pth"), ("deepmind", "model.npz")])
+def test_a_file_of_something_else_than_a_mapping(source, name, tmp_path):
+    path = tmp_path / name
+    _zip(path, pickle.dumps([1])) if source == "timm" else path.write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match="mapping of names to .* Received: a list"):
+        nfzoo.convert.load("nfnet_f0", source, path)
 
 
 @pytest.mark.parametrize("part", [0.2, 0.9])
