@@ -287,12 +287,8 @@ def scan(
     for model in models:
         registry.resolve(model, engine.options(model, resolved, overrides)["build"])
     if dry_run:
-        grid = {
-            "models": models,
-            "learning_rates": rates,
-            "seeds": chosen,
-            "trials": len(models) * len(rates) * len(chosen),
-        }
+        grid = {"models": models, "learning_rates": rates, "seeds": chosen}
+        grid["trials"] = len(models) * len(rates) * len(chosen)
         print(json.dumps({**grid, "recipe": resolved.model_dump(mode="json"), "out": str(out)}, indent=1))
         return
     from nfzoo import plots, tune
@@ -339,6 +335,34 @@ def data(
 
     path = data_module.save(recipes.Data(name=name, data_dir=data_dir, image_size=image_size), to)
     _say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); read it with --data {path}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="whose layout FILE has: timm, deepmind or keras (applications)")],
+    file: Annotated[pathlib.Path, typer.Argument(help=".safetensors, .pth, .bin; a pickle, .npz; .h5, .keras")],
+    model: Annotated[str, typer.Option(help="name of the model, ours or the source's")],
+    to: Annotated[pathlib.Path, typer.Option(help="OUT.keras or OUT.safetensors")],
+    target: Annotated[str, typer.Option(help="layout of OUT.safetensors: nfzoo or timm")] = "nfzoo",
+    build: Build = None,
+) -> None:
+    """Convert weights of another implementation; the number of classes is the file's, pickles run no code."""
+    if (target, to.suffix) not in (("nfzoo", ".keras"), ("nfzoo", ".safetensors"), ("timm", ".safetensors")):
+        raise ValueError(f"Expected OUT.safetensors, or OUT.keras of target nfzoo. Received: {to} of target {target}")
+    overrides = _overrides(build)
+    with quiet_start():
+        from nfzoo import convert, files, weights
+
+    net = convert.load(model, source, file, **overrides)
+    _say(f"read {len(net.weights)} weights, {net.count_params():,} parameters, of {net.name} from {file}")
+    if target == "timm":
+        convert.save(net, to, name=model, **overrides)
+    elif to.suffix == ".safetensors":
+        weights.save(net, to)
+    else:
+        with files.atomic(to) as partial:
+            net.save(partial)
+    _say(f"wrote {to} ({to.stat().st_size / 1e6:.1f} MB)")
 
 
 def _told(error: Exception) -> str:

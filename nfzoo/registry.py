@@ -13,6 +13,7 @@ from typing import Any
 
 from nfzoo.names import FAMILIES, USER_MODELS, parse, resolve_fields
 
+PUBLISHERS = ("timm", "deepmind", "imagenet")  # of weights, see nfzoo.convert.published
 PREPROCESSING = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet, of x / 255
 
 
@@ -74,9 +75,11 @@ def build(
 
     Args:
         architecture: name in the zoo, e.g. "sn_efficientnet_b0"; see `list_models`.
-        weights: None for a fresh initialisation, a path (.safetensors, .keras, .weights.h5), or the tag of an entry in
-            the manifest of saved_models.
-        classes: units of the classifier; default: the row's.
+        weights: None for a fresh initialisation, a path (.safetensors, .keras, .weights.h5), the tag of an entry in
+            the manifest of saved_models, or "timm", "deepmind", "imagenet" (keras.applications) for what they have
+            published: it is downloaded to NFZOO_HOME/downloads once, and the dialect is theirs. They expect ImageNet's
+            standardization (`include_preprocessing=True`), keras.applications' ResNets their `preprocess_input`.
+        classes: units of the classifier; default: the row's. Upon published weights of another number it is new.
         include_top: end with the classifier; else with the last feature map, pooled if `pooling` says so.
         pooling: "avg", "max" or None; how the last map becomes a vector. None only without the top.
         input_shape: (height, width, channels); height and width may be None.
@@ -98,7 +101,9 @@ def build(
         An `NFModel`, a functional `keras.Model`. Input (batch, height, width, channels), output (batch, classes).
 
     Raises:
-        ValueError: unknown name, inadmissible variant, impossible shape or class count, weights that do not fit.
+        ValueError: unknown name, inadmissible variant, impossible shape or class count, weights that do not fit or
+            are not published.
+        ConnectionError: published weights that cannot be downloaded; it says where to put them by hand.
         TypeError: unknown keyword; the accepted ones are named.
 
     Example:
@@ -110,6 +115,14 @@ def build(
     if architecture in USER_MODELS:
         given = {"classes": classes, "input_shape": input_shape, "weights": weights, "name": name}
         return USER_MODELS[architecture](**{k: v for k, v in given.items() if v is not None}, **overrides)
+    if weights in PUBLISHERS:
+        from nfzoo.convert import published
+
+        return published.load(
+            architecture, weights, classes=classes, include_top=include_top, pooling=pooling, input_shape=input_shape,
+            input_tensor=input_tensor, classifier_activation=classifier_activation, features_only=features_only,
+            include_preprocessing=include_preprocessing, out_indices=out_indices, name=name, **overrides,
+        )  # fmt: skip
     parsed = parse(architecture)
     variant, spec = resolve_fields(parsed, overrides)
     classes = spec.classes if classes is None else classes

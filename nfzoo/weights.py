@@ -4,7 +4,7 @@ A model without its classifier (include_top=False, features_only=True) leaves th
 be missing or left over.
 
 Nothing here unpickles. A tag ("cifar100") is looked up as `<model>.<tag>` in manifest.json of the store: NFZOO_HOME
-where it is set, else saved_models of a checkout.
+where it is set, else saved_models of a checkout, else .cache/nfzoo in the user's folder.
 """
 
 import json
@@ -24,8 +24,9 @@ _TOP = ("top_", "head/")  # beginnings of the paths that a model without its cla
 
 
 def home() -> pathlib.Path:
-    """Folder of manifest.json and the files that it names."""
-    default = pathlib.Path(__file__).parents[1] / "saved_models"
+    """Folder of manifest.json, the files that it names, and downloads/."""
+    checkout = pathlib.Path(__file__).parents[1] / "saved_models"
+    default = checkout if checkout.is_dir() else pathlib.Path.home() / ".cache" / "nfzoo"
     return pathlib.Path(os.environ.get("NFZOO_HOME", default))
 
 
@@ -38,7 +39,7 @@ def save(model: keras.Model, path: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"Expected a path that ends with .safetensors. Received: {path}")
-    tensors = {v.path: np.ascontiguousarray(keras.ops.convert_to_numpy(v)) for v in model.weights}
+    tensors = {v.path: np.asarray(keras.ops.convert_to_numpy(v), order="C") for v in model.weights}
     with atomic(path) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata={"model": model.name, "format": "nfzoo"})
     return path
@@ -131,18 +132,37 @@ def _find(weights: str | pathlib.Path, name: str | None) -> pathlib.Path:
     return path
 
 
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Read every tensor of a file, bfloat16 too.
+
+    Raises:
+        ValueError: for a damaged file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"Expected a safetensors file. Received: {path}, which is damaged: {error}") from None
+
+
+def read_keras(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Read every weight of a saved Keras model.
+
+    Raises:
+        ValueError: for a file that Keras does not load.
+    """
+    try:
+        stored = keras.saving.load_model(path, compile=False)
+    except Exception as error:
+        raise ValueError(f"Expected a saved Keras model. Received: {path}, which fails with: {error}") from None
+    return {v.path: keras.ops.convert_to_numpy(v) for v in stored.weights}
+
+
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
-        try:
-            return safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"Expected a safetensors file. Received: {path}, which is damaged: {error}") from None
+        return read_safetensors(path)
     if path.suffix == ".keras":
-        try:
-            stored = keras.saving.load_model(path, compile=False)
-        except Exception as error:
-            raise ValueError(f"Expected a saved Keras model. Received: {path}, which fails with: {error}") from None
-        return {v.path: keras.ops.convert_to_numpy(v) for v in stored.weights}
+        return read_keras(path)
     raise ValueError(
         f"Expected weights as .safetensors, .keras or .weights.h5. Received: {path}. Pickles (.pkl, .pth, .bin) are "
         "not read."

@@ -53,3 +53,28 @@ def fresh_process():
 
 def crossentropy():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def built(name: str, **options):
+    """A model of random weights: the initial ones are alike in many places."""
+    import nfzoo
+
+    model, rng = nfzoo.build(name, **{"input_shape": (64, 64, 3), **options}), np.random.default_rng(0)
+    for variable in model.weights:
+        variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+    return model
+
+
+def same(a, b) -> bool:
+    """Whether two models have the same weights, by path."""
+    ours, theirs = ({v.path: np.asarray(v) for v in model.weights} for model in (a, b))
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture(scope="session")
+def tiny_timm():
+    """A tiny network of three classes, and its tensors as timm has them."""
+    from nfzoo.convert import driver
+
+    model = built("test_nfnet", classes=3)
+    return model, driver.as_tensors(model)

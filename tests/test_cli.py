@@ -11,9 +11,12 @@ import time
 
 import pandas as pd
 import pytest
+import safetensors.numpy
 import tensorflow as tf
+from conftest import same
 from PIL import Image
 
+import nfzoo
 from nfzoo import cli
 
 TINY = ["--data", "fake", "--set", "data.limit=64", "--set", "batch_size=64"]
@@ -109,6 +112,26 @@ def test_data_writes_arrays(call, tmp_path):
     assert json.loads(resolved)["recipe"]["data"]["name"].endswith("fake.npz")
 
 
+def test_convert(call, tiny_timm, tmp_path):
+    """From timm's layout to ours, to a whole model, and back again."""
+    source, ours, whole, back = (
+        tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.keras", "d.safetensors")
+    )
+    model, tensors = tiny_timm
+    safetensors.numpy.save_file(tensors, source)
+    given = ("convert", "timm", source, "--model", "test_nfnet", "--build", "input_shape=[64, 64, 3]", "--to")
+    for to in (ours, whole):
+        status, out, _ = call(*given, to)
+        assert status == 0 and f"read {len(model.weights)} weights, {model.count_params():,} parameters" in out
+        assert f"wrote {to} (" in out.replace("\n", "")
+        same_options = {"dialect": "timm", "classes": 3, "input_shape": (64, 64, 3)}
+        assert same(nfzoo.build("test_nfnet", weights=to, **same_options), model)
+    assert call(*given, back, "--target", "timm")[0] == 0
+    written = safetensors.numpy.load_file(back)
+    assert written.keys() == tensors.keys() and all((written[key] == tensors[key]).all() for key in tensors)
+    assert sorted(tmp_path.iterdir()) == [source, ours, whole, back]
+
+
 def test_brackets_in_paths_are_printed(call, tmp_path):
     folder = tmp_path / "[red]x[/]" / "[/bold]"
     assert f"wrote {folder / 'a.npz'} (" in call("data", "fake", "--to", folder / "a.npz")[1].replace("\n", "")
@@ -135,7 +158,7 @@ def test_dry_run_resolves_and_writes_nothing(call, tmp_path):
     assert scan["trials"] == 9 and not (tmp_path / "scan").exists()
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "spp", "scan", "export", "list", "info", "data"])
+@pytest.mark.parametrize("command", ["", "train", "eval", "spp", "scan", "export", "list", "info", "data", "convert"])
 def test_help(command, call):
     status, out, _ = call(*command.split(), "--help")
     assert status == 0 and "Usage" in out
@@ -179,6 +202,16 @@ MISTAKES = {
     "not a run to export": (["export", ".", "--to", "x"], "options.json"),
     "no log": (["spp", ".", "--to", "x.png"], "spp.jsonl"),
     "input too small": (["train", "sn_efficientnet_b0", "--data", "fake", "--set", "data.image_size=16"], "32x32"),
+    "no such source": (
+        ["convert", "torch", "a.pth", "--model", "nf_resnet50", "--to", "b.keras"],
+        "timm, deepmind, keras",
+    ),
+    "no such file": (["convert", "timm", "a.pth", "--model", "nf_resnet50", "--to", "b.keras"], "a.pth"),
+    "no such form": (["convert", "timm", "a.pth", "--model", "nf_resnet50", "--to", "b.h5"], "OUT.safetensors"),
+    "a form that timm lacks": (
+        ["convert", "timm", "a.pth", "--model", "nf_resnet50", "--to", "b.keras", "--target", "timm"],
+        "b.keras of target timm",
+    ),
     "no such place": (["train", "sn_test_ffnn", "--data", "fake", "--out", "/proc/no/place"], "/proc/no"),
 }
 

@@ -83,12 +83,19 @@ def read(weights: Any, name=None) -> dict[str, np.ndarray]:
     if not isinstance(weights, Mapping):
         path = Path(weights)
         content = path.read_bytes()
-        if zipfile.is_zipfile(io.BytesIO(content)):
-            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-                weights = dict(archive)
-        else:
-            weights = pickles.load(content, path)
+        read_content = _read_npz if zipfile.is_zipfile(io.BytesIO(content)) else pickles.load
+        weights = read_content(content, path)
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"Expected a mapping of names to arrays. Received: a {type(weights).__name__}")
     return dict(_flat(weights))
+
+
+def _read_npz(content: bytes, path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return dict(archive)
+    except (ValueError, zipfile.BadZipFile) as error:  # pickled objects inside, or damaged
+        raise ValueError(f"Expected an .npz file of arrays. Received: {path}, which fails with: {error}") from None
 
 
 def _flat(tree: Mapping, prefix: str = ""):

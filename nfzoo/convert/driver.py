@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +17,11 @@ SOURCES: dict[str, ModuleType] = {"timm": timm, "deepmind": deepmind, "keras": k
 _LISTED = 6
 
 
-def load(name: str, source: str, weights: Any, **build_options) -> keras.Model:
+def load(architecture: str, /, source: str, weights: Any, **build_options) -> keras.Model:
     """Build a model and fill it with the weights of another implementation.
 
     Args:
-        name: model name, ours or the source's, e.g. "nf_resnet50", "dm_nfnet_f0", "EfficientNetB0".
+        architecture: name of a model, ours or the source's, e.g. "nf_resnet50", "dm_nfnet_f0", "EfficientNetB0".
         source: "timm", "deepmind" or "keras". It decides the dialect, unless the name or an option does.
         weights: timm: a mapping, .safetensors, .pth or .bin; deepmind: a mapping ("module/name" or nested), a pickle as
             released, or .npz; keras: a live model, legacy .h5 or .weights.h5. Pickles are read without running code.
@@ -41,28 +41,36 @@ def load(name: str, source: str, weights: Any, **build_options) -> keras.Model:
         >>> load("test_nfnet", "timm", tensors, input_shape=(64, 64, 3)).output_shape
         (None, 3)
     """
-    module = _source(source)
-    options = _with_dialect(names.parse(name), module, build_options)
-    rename = _rule(module, name, options)
-    tensors = _wanted(module.read(weights, names.parse(name)), module)
+    module, parsed = _source(source), names.parse(architecture)
+    options = _with_dialect(parsed, module, build_options)
+    rename = _rule(module, parsed, options)
+    tensors = _wanted(module.read(weights, parsed), module)
     # The classifier's bias tells the number of classes; without one the file is a backbone.
     head = tensors.get(rename("head/bias"))
     partial = options.get("features_only") or not options.get("include_top", True)
     if head is None:
         options.setdefault("include_top", False)
-    elif not partial:
-        options.setdefault("classes", len(head))
-    model = registry.build(name, **options)
-    fill(model, tensors, rename, module.to_keras, leftovers=partial)
+    elif not partial and options.get("classes") is None:
+        options["classes"] = len(head)
+    model = registry.build(architecture, **options)
+    fill(model, tensors, rename, module.to_keras, _whole(architecture, options, rename) if partial else frozenset())
     return model
 
 
-def fill(model: keras.Model, tensors: Mapping, rename: Callable, to_keras: Callable, leftovers: bool = False) -> None:
+def _whole(architecture: str, options: dict, rename: Callable) -> frozenset[str]:
+    """Names of all the source's tensors of a network, of which a model without its top leaves some."""
+    with keras.StatelessScope():  # names only: no weight is drawn
+        return frozenset(rename(v.path) for v in registry.build(architecture, **registry.overrides_of(options)).weights)
+
+
+def fill(
+    model: keras.Model, tensors: Mapping, rename: Callable, to_keras: Callable, spare: Set[str] = frozenset()
+) -> None:
     """Assign every weight of a model from `tensors`, after all names and shapes have been found to fit.
 
     Args:
         rename: our variable path → the source's name. to_keras: (value, our shape) → value in our layout.
-        leftovers: allow tensors that the model has no place for (a model without its top).
+        spare: names of tensors that may be left.
     """
     values, missing, shapes, used = {}, [], [], set()
     for variable in model.weights:
@@ -75,30 +83,37 @@ def fill(model: keras.Model, tensors: Mapping, rename: Callable, to_keras: Calla
         if value.shape != shape:
             shapes.append(f"{key} {tuple(tensors[key].shape)} for {variable.path} {shape}")
         values[variable.path] = value
-    unused = [] if leftovers else sorted(tensors.keys() - used)
+    unused = sorted(tensors.keys() - used - spare)
     if missing or unused or shapes:
         parts = {"without": missing, "with unknown": unused, "of other shapes": shapes}
         listed = "; ".join(f"{word} {shorten(keys)}" for word, keys in parts.items() if keys)
-        raise ValueError(f"Expected the weights of {model.name}. Received: tensors {listed}.")
+        of_head = not missing and not unused and all(" for head/" in line for line in shapes)
+        remedy = " Build with the file's classes (leave them out), then use nfzoo.set_head." if of_head else ""
+        raise ValueError(f"Expected the weights of {model.name}. Received: tensors {listed}.{remedy}")
     for variable in model.weights:
         variable.assign(values[variable.path])
 
 
-def as_tensors(model: keras.Model, target: str = "timm", name: str | None = None) -> dict[str, np.ndarray]:
-    """The weights of a model under another implementation's names and in its layout."""
+def as_tensors(
+    model: keras.Model, target: str = "timm", name: str | None = None, **build_options
+) -> dict[str, np.ndarray]:
+    """The weights of a model under another implementation's names and in its layout; arguments as for `save`."""
     module = _source(target)
     if not hasattr(module, "from_keras"):
         raise ValueError(f"Expected a target that nfzoo writes: timm. Received: target={target!r}")
-    rename = _rule(module, name or model.name, {"dialect": target})
+    parsed = names.parse(name or model.name)
+    rename = _rule(module, parsed, _with_dialect(parsed, module, build_options))
     tensors = {}
     for variable in model.weights:
         key = rename(variable.path)
         value = keras.ops.convert_to_numpy(variable)
-        tensors |= {key: np.ascontiguousarray(module.from_keras(value, key)), **module.companions(key)}
+        tensors |= {key: np.asarray(module.from_keras(value, key, parsed), order="C"), **module.companions(key)}
     return tensors
 
 
-def save(model: keras.Model, path: str | pathlib.Path, target: str = "timm", name: str | None = None) -> pathlib.Path:
+def save(
+    model: keras.Model, path: str | pathlib.Path, target: str = "timm", name: str | None = None, **build_options
+) -> pathlib.Path:
     """Write a model's weights in timm's names and layout, as safetensors.
 
     Args:
@@ -106,6 +121,7 @@ def save(model: keras.Model, path: str | pathlib.Path, target: str = "timm", nam
         path: ends with .safetensors.
         target: "timm".
         name: name of the architecture; default: the model's name.
+        **build_options: what the model was built with that changes its layers, e.g. `deep_stem=True`.
 
     Raises:
         ValueError: for an architecture that timm does not have, another target or another ending.
@@ -115,7 +131,7 @@ def save(model: keras.Model, path: str | pathlib.Path, target: str = "timm", nam
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"Expected a path that ends with .safetensors. Received: {path}")
-    tensors = as_tensors(model, target, name)
+    tensors = as_tensors(model, target, name, **build_options)
     with atomic(path) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
     return path
@@ -135,18 +151,19 @@ def _source(source: str) -> ModuleType:
 
 def _with_dialect(name: names.Name, module: ModuleType, options: dict) -> dict:
     """The source's dialect, unless the caller's or the name's is one that the source has too."""
-    stated = options.get("dialect") or dict(name.overrides).get("dialect")
-    known = names.FAMILIES[name.family].DIALECTS
+    known, source = names.FAMILIES[name.family].DIALECTS, module.__name__.rpartition(".")[-1]
     spoken = [dialect for dialect in module.DIALECTS if dialect in known]
     if not spoken:
-        raise ValueError(f"Expected an architecture of {module.__name__.split('.')[-1]}. Received: {name}")
+        raise ValueError(f"Expected an architecture of {source}. Received: {name}")
+    if options.get("dialect") not in (None, *spoken):
+        raise ValueError(f"Expected a dialect of {source}: {', '.join(spoken)}. Received: {options['dialect']!r}")
+    stated = options.get("dialect") or dict(name.overrides).get("dialect")
     return {**options, "dialect": stated if stated in spoken else spoken[0]}
 
 
-def _rule(module: ModuleType, name: str, options: dict) -> Callable[[str], str]:
-    parsed = names.parse(name)
-    _, spec = names.resolve_fields(parsed, registry.overrides_of(options))
-    return module.rule(parsed, spec)
+def _rule(module: ModuleType, name: names.Name, options: dict) -> Callable[[str], str]:
+    _, spec = names.resolve_fields(name, registry.overrides_of(options))
+    return module.rule(name, spec)
 
 
 def _wanted(tensors: Mapping[str, np.ndarray], module: ModuleType) -> dict[str, np.ndarray]:

@@ -9,6 +9,8 @@ import h5py
 import keras
 import numpy as np
 
+from nfzoo.weights import load, read_keras
+
 DIALECTS = ("keras",)
 # The normalization of the input: ask nfzoo for `include_preprocessing=True` instead.
 IGNORED = r"^(normalization|rescaling)"
@@ -30,7 +32,10 @@ def rule(name, spec) -> Callable[[str], str]:
     def rename(path: str) -> str:
         layer, leaf = path.rsplit("/", 1)
         match = re.fullmatch(r"stage(\d+)_block(\d+)_(\w+)", layer)
-        theirs = outside[layer] if match is None else block(int(match[1]), int(match[2]), match[3])
+        try:
+            theirs = outside[layer] if match is None else block(int(match[1]), int(match[2]), match[3])
+        except (KeyError, ValueError):
+            raise ValueError(f"Expected a variable that keras.applications knows. Received: {path}") from None
         return f"{theirs}/{leaf}"
 
     return rename
@@ -66,7 +71,7 @@ def _resnet_v2_block(stage: int, block: int, part: str) -> str:
 
 def to_keras(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The layouts are ours, but for squeeze-excite, which keras.applications writes as 1x1 convolutions."""
-    return value.reshape(shape) if value.ndim == 4 and len(shape) == 2 and value.size == np.prod(shape) else value
+    return value[0, 0] if len(shape) == 2 and value.shape[:-2] == (1, 1) else value
 
 
 def read(weights: Any, name) -> dict[str, np.ndarray]:
@@ -76,10 +81,10 @@ def read(weights: Any, name) -> dict[str, np.ndarray]:
     if isinstance(weights, keras.Model):
         return {v.path: keras.ops.convert_to_numpy(v) for v in weights.weights}
     path = Path(weights)
-    if path.name.endswith(".keras"):
-        return read(keras.saving.load_model(path, compile=False), name)
     if not path.exists():
         raise FileNotFoundError(f"Expected weights of keras.applications. Received: {path}, which does not exist")
+    if path.suffix == ".keras":
+        return read_keras(path)
     try:
         with h5py.File(path, "r") as file:
             root = file["model_weights"] if "model_weights" in file else file
@@ -108,10 +113,7 @@ def _by_order(path: Path, name, classes: int | None) -> dict[str, np.ndarray]:
     maker = _maker(name.row)
     options = {"include_top": False} if classes is None else {"classes": classes}
     model = maker(weights=None, classifier_activation=None, **options)
-    try:
-        model.load_weights(path)
-    except Exception as error:
-        raise ValueError(f"Expected weights of {maker.__name__}. Received: {path}, which fails with: {error}") from None
+    load(model, path)
     return read(model, name)
 
 

@@ -1,34 +1,81 @@
 """Read a pickle of arrays and containers, and refuse any other."""
 
+import argparse
 import collections
 import io
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 
-def _from_latin(text: str, encoding: str = "latin1") -> bytes:
-    if encoding != "latin1":
-        raise ValueError(f"Expected the encoding latin1. Received: {encoding!r}")
+class Refused(ValueError):
+    """A pickle names, or holds, what is not data."""
+
+
+def _from_latin(text: str, _encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+class _Dtype:
+    """A kind of number and its byte order. NumPy's own takes any state: a forged one makes it follow wild addresses."""
+
+    def __init__(self, code: Any, *_ignored):
+        plain = isinstance(code, str) and re.fullmatch(r"[<>|=]?[fiubc]\d{1,2}", code)
+        if not plain and code is not ml_dtypes.bfloat16:
+            raise Refused(f"Expected arrays of numbers. Received: an array of {code!r}")
+        self.numpy = np.dtype(code)
+
+    def __setstate__(self, state: tuple):
+        if state[1] == ">":
+            self.numpy = self.numpy.newbyteorder(">")
+
+
+class _Array(np.ndarray):
+    def __setstate__(self, state: tuple):
+        version, shape, dtype, *rest = state
+        super().__setstate__((version, shape, dtype.numpy, *rest))
+
+
+def _array(*_ignored) -> _Array:
+    return np.ndarray.__new__(_Array, 0, np.int8)  # its state follows
+
+
+def _from_buffer(buffer, dtype: _Dtype, shape: tuple, order: str, *_ignored) -> np.ndarray:
+    return np.frombuffer(buffer, dtype.numpy).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _scalar(dtype: _Dtype, content: bytes) -> np.generic:
+    return np.frombuffer(content, dtype.numpy, 1)[0]
+
+
+def _jax_array(function: Callable, arguments: tuple, state: tuple, _ignored=None) -> np.ndarray:
+    array = function(*arguments)
+    array.__setstate__(state)
+    return array
+
+
 ALLOWED: dict[tuple[str, str], Callable] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): _array,
+    ("numpy", "dtype"): _Dtype,
+    ("ml_dtypes", "bfloat16"): ml_dtypes.bfloat16,
+    ("jax._src.array", "_reconstruct_array"): _jax_array,
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("argparse", "Namespace"): argparse.Namespace,  # timm's training script keeps its options beside the weights
     ("_codecs", "encode"): _from_latin,
     # Haiku's immutable dictionaries are made from a plain one.
     ("haiku._src.data_structures", "FlatMapping"): dict,
     ("haiku._src.data_structures", "FlatMap"): dict,
     ("haiku._src.data_structures", "to_immutable_dict"): dict,
 }
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # the old and the new name of one module
-    for _name in ("_reconstruct", "scalar"):
-        ALLOWED[_module, _name] = getattr(np._core.multiarray, _name)
+for _core in ("numpy.core", "numpy._core"):  # the old and the new name of one package
+    ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _array
+    ALLOWED[f"{_core}.multiarray", "scalar"] = _scalar
+    ALLOWED[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 
 
 class Unpickler(pickle.Unpickler):
@@ -41,7 +88,7 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.allowed:
             return self.allowed[module, name]
-        raise ValueError(
+        raise Refused(
             f"Expected a pickle of arrays and containers. Received: {self.path}, which names {module}.{name}; it is "
             "not read, because that could run code. Convert it to safetensors or npz where you trust it."
         )
@@ -59,5 +106,7 @@ def load(content: bytes, path: Path | str = "the pickle") -> Any:
     """
     try:
         return Unpickler(io.BytesIO(content), ALLOWED, path).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
+    except Refused:
+        raise
+    except Exception as error:  # bytes that are no pickle fail in any way
         raise ValueError(f"Expected a pickle. Received: {path}, which is damaged: {error}") from None

@@ -9,9 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from nfzoo.convert import torch_file
+from nfzoo.weights import read_safetensors
 
 DIALECTS = ("timm", "keras")  # its tf_efficientnets keep TensorFlow's padding and epsilon
 IGNORED = r"(^|\.)num_batches_tracked$"
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # where training scripts keep the weights
 Rule = Callable[[str], str]
 
 _LEAVES = {
@@ -118,18 +120,21 @@ def _efficientnet(spec) -> Callable:
 # ---------------------------------------------------------------- layouts
 def to_keras(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Bring a PyTorch tensor to the Keras layout of `shape`; what cannot fit comes back as it is."""
-    candidates = {
-        4: [value.transpose(2, 3, 1, 0), value.transpose(2, 3, 0, 1)] if value.ndim == 4 else [],  # conv, depthwise
-        3: [value.transpose(2, 1, 0)] if value.ndim == 3 else [],
-        2: [value.reshape(value.shape[:2]).T] if value.ndim >= 2 and value.size == np.prod(value.shape[:2]) else [],
-        1: [value.reshape(-1)],
-        0: [value.reshape(())] if value.size == 1 else [],
-    }[len(shape)]
-    return next((c for c in candidates if c.shape == shape), candidates[0] if candidates else value)
+    rank, size = len(shape), value.shape
+    if rank == 4 and value.ndim == 4:
+        depthwise = size[1] == 1 and shape[-1] == 1
+        return value.transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))
+    if rank == 3 and value.ndim == 3:
+        return value.T
+    if rank == 2 and size[2:] in ((), (1, 1)):  # a matrix, or a 1x1 convolution
+        return value.reshape(size[:2]).T
+    if rank == 1 and size[1:] in ((), (1, 1, 1)):  # a vector, or the gain of a convolution
+        return value.reshape(-1)
+    return value.reshape(()) if rank == 0 and value.size == 1 else value
 
 
-def from_keras(value: np.ndarray, key: str) -> np.ndarray:
-    """Bring a Keras array to timm's layout of the tensor `key`."""
+def from_keras(value: np.ndarray, key: str, name) -> np.ndarray:
+    """Bring a Keras array to timm's layout of the tensor `key` of the architecture `name`."""
     if key.endswith(".gain"):
         return value.reshape(-1, 1, 1, 1)
     if value.ndim == 4:
@@ -137,7 +142,8 @@ def from_keras(value: np.ndarray, key: str) -> np.ndarray:
     if value.ndim == 3:
         return value.transpose(2, 1, 0)
     if value.ndim == 2:
-        dense = key.endswith(("head.fc.weight", "classifier.weight")) or key == "fc.weight"
+        # timm's ResNetV2 classifies by a convolution, its NF nets by a matrix.
+        dense = key in ("fc.weight", "classifier.weight") or (key == "head.fc.weight" and name.variant == "nf")
         return value.T if dense else value.T[:, :, None, None]
     return value
 
@@ -154,11 +160,11 @@ def read(weights: Any, name=None) -> dict[str, np.ndarray]:
     """Read a mapping of tensors, .safetensors, or a PyTorch file (.pth, .pt, .bin) without running its code."""
     if not isinstance(weights, Mapping):
         weights = _read_file(Path(weights))
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(weights.get(key), Mapping):
-            weights = weights[key]
-            break
-    tensors = {key.removeprefix("module."): _array(value) for key, value in weights.items()}
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"Expected a mapping of names to tensors. Received: a {type(weights).__name__}")
+    inner = next((key for key in _WRAPPERS if isinstance(weights.get(key), Mapping)), None)
+    weights = weights if inner is None else weights[inner]
+    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): _array(value) for key, value in weights.items()}
     unknown = sorted(key for key, value in tensors.items() if value is None)
     if unknown:
         raise ValueError(f"Expected tensors only. Received other values under {unknown[:4]}")
@@ -167,13 +173,7 @@ def read(weights: Any, name=None) -> dict[str, np.ndarray]:
 
 def _read_file(path: Path) -> Mapping:
     if path.suffix == ".safetensors":
-        import safetensors
-        import safetensors.numpy
-
-        try:
-            return safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"Expected a safetensors file. Received: {path}, which is damaged: {error}") from None
+        return read_safetensors(path)
     if path.suffix in (".pth", ".pt", ".bin", ".tar"):
         return torch_file.read(path)
     raise ValueError(f"Expected timm's weights as .safetensors, .pth, .pt or .bin. Received: {path}")

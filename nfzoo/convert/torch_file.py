@@ -3,10 +3,8 @@
 Both formats: the zip archive (since 1.6) and the older sequence of pickles. Tensors come as NumPy arrays.
 """
 
-import collections
 import io
 import math
-import pickle
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nfzoo.convert.pickles import ALLOWED, Unpickler
+from nfzoo.convert.pickles import ALLOWED, Refused, Unpickler
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _DTYPES = {
@@ -34,10 +32,10 @@ class Storage:
 
 
 def _rebuild_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *_ignored) -> np.ndarray:
-    end = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1
     if 0 in size:
         return np.zeros(size, storage.data.dtype)
-    if offset < 0 or min((*stride, 0)) < 0 or end > storage.data.size:
+    end = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1
+    if min((offset, *size, *stride)) < 0 or end > storage.data.size:
         raise ValueError(f"a tensor of size {tuple(size)} reaches beyond its storage of {storage.data.size} numbers")
     strides = [s * storage.data.itemsize for s in stride]
     return np.lib.stride_tricks.as_strided(storage.data[offset:], size, strides, writeable=False)
@@ -46,7 +44,7 @@ def _rebuild_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *
 _TENSORS = ALLOWED | {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_ignored: tensor,
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): tuple,
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
 }
 
@@ -57,9 +55,9 @@ class _Tensors(Unpickler):
         self.storage = storage
 
     def persistent_load(self, reference: tuple) -> Any:
-        kind, dtype, key, _, count, *_ = reference
-        if kind != "storage":
-            raise ValueError(f"an unknown reference {kind!r}")
+        kind, dtype, key, _, count, *view = reference
+        if kind != "storage" or dtype not in _DTYPES.values() or any(part is not None for part in view):
+            raise ValueError(f"an unknown reference {reference!r}")
         return self.storage(str(key), np.dtype(dtype), int(count))
 
 
@@ -72,11 +70,13 @@ def read(path: Path) -> Any:
     Raises:
         ValueError: for a damaged file, or one that names anything but tensors and containers.
     """
+    with path.open("rb"):  # a path that cannot be opened says so itself
+        pass
     try:
         return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, struct.error, IndexError, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
+    except Refused:
+        raise
+    except Exception as error:  # bytes of another kind fail in any way
         raise ValueError(f"Expected a PyTorch file. Received: {path}, which is damaged: {error}") from None
 
 
@@ -85,7 +85,7 @@ def _read_zip(path: Path) -> Any:
         names = archive.namelist()
         root = next((name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl")), None)
         if root is None:
-            raise ValueError(f"Expected a PyTorch file. Received: {path}, an archive without data.pkl")
+            raise ValueError("the archive has no data.pkl")
         storages: dict[str, Storage] = {}
 
         def storage(key: str, dtype: np.dtype, count: int) -> Storage:
@@ -105,15 +105,18 @@ def _read_legacy(path: Path) -> Any:
 
     with path.open("rb") as file:
         if Unpickler(file, {}, path).load() != _LEGACY_MAGIC:
-            raise ValueError(f"Expected a PyTorch file. Received: {path}")
+            raise ValueError("it does not begin as one")
         for _ in range(2):  # protocol and platform
             Unpickler(file, {}, path).load()
         result = _Tensors(file, path, storage).load()
-        for key in Unpickler(file, {}, path).load():
+        keys = [str(key) for key in Unpickler(file, {}, path).load()]
+        if sorted(keys) != sorted(storages):
+            raise ValueError(f"tensors need the storages {sorted(storages)}, it has {sorted(keys)}")
+        for key in keys:
             (count,) = struct.unpack("<q", file.read(8))
-            data = storages[str(key)].data
+            data = storages[key].data
             if count != data.size:
-                raise ValueError(f"Expected {data.size} numbers in storage {key}. Received: {count} in {path}")
+                raise ValueError(f"storage {key} has {count} numbers, tensors need {data.size}")
             raw = file.read(data.nbytes)
             if len(raw) != data.nbytes:
                 raise EOFError(f"{math.ceil((data.nbytes - len(raw)) / 1e6)} MB are missing")

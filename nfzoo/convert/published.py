@@ -1,0 +1,96 @@
+"""Published weights: which architecture has them where, and a model that has them."""
+
+from typing import Any
+
+from nfzoo import names, registry, weights
+from nfzoo.convert import driver
+from nfzoo.fetch import fetch
+
+_HUB = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"
+_DEEPMIND = "https://storage.googleapis.com/dm-nfnets/F{}_haiku.npz"
+_EFFICIENTNET = "https://storage.googleapis.com/keras-applications/efficientnetb{}.h5"
+_RESNET = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/{}_weights_tf_dim_ordering_tf_kernels.h5"
+
+_TAGS = (
+    "nf_resnet50.ra2_in1k", "nf_regnet_b1.ra2_in1k", "nfnet_l0.ra2_in1k", "eca_nfnet_l0.ra2_in1k",
+    "eca_nfnet_l1.ra2_in1k", "eca_nfnet_l2.ra3_in1k", *(f"dm_nfnet_f{n}.dm_in1k" for n in range(7)),
+    "resnet18.a1_in1k", "resnet34.a1_in1k", "resnet50.a1_in1k", "resnet101.a1h_in1k", "resnet152.a1h_in1k",
+    "resnet50_gn.a1h_in1k", "resnetv2_50.a1h_in1k", "resnetv2_101.a1h_in1k", "resnext50_32x4d.a1h_in1k",
+    "seresnext50_32x4d.racm_in1k", "efficientnet_b0.ra_in1k", "efficientnet_b1.ft_in1k", "efficientnet_b2.ra_in1k",
+    "efficientnet_b3.ra2_in1k", "efficientnet_b4.ra2_in1k", *(f"tf_efficientnet_b{n}.aa_in1k" for n in range(8)),
+)  # fmt: skip
+_MD5_DEEPMIND = (
+    "0a41039da1cb43adf47f1b7d86ddfe0f", "c9126bbfaf855f9ddb7ff3b902558781", "7a018d8d1498020e2f5a8719a1e7f53f",
+    "d8e1e78d26db659c486150dbaccbe78a", "f5974a7e3388aa81b91a9f1403e759a4", "8639e925de951030651ac775b9f915c3",
+    "b16cca40ac1ecec2bd5e3273866da0c1",
+)  # fmt: skip
+_MD5_EFFICIENTNET = (
+    "902e53a9f72be733fc0bcb005b3ebbac", "1d254153d4ab51201f1646940f018540", "b15cce36ff4dcbd00b6dd88e7857a6ad",
+    "ffd1fdc53d0ce67064dc6a9c7960ede0", "18c95ad55216b8f92d7e70b3a046e2fc", "ace28f2a6363774853a83a0b21b9421a",
+    "165f6e37dce68623721b423839de8be5", "8c03f828fec3ef71311cd463b6759d99",
+)  # fmt: skip
+_MD5_RESNET = {
+    "resnet50": "2cb95161c43110f7111970584f804107", "resnet101": "f1aeb4b969a6efcfb50fad2f0c20cfc5",
+    "resnet152": "100835be76be38e30d865e96f2aaae62", "resnet50v2": "3ef43a0b657b3be2300d5770ece849e0",
+    "resnet101v2": "6343647c601c52e1368623803854d971", "resnet152v2": "a49b44d1979771252814e80f8ec446f9",
+}  # fmt: skip
+
+# By source: architecture → (address, digest). The hub states the digests itself.
+TABLE: dict[str, dict[str, tuple[str, str | None]]] = {
+    "timm": {tag.partition(".")[0]: (_HUB.format(tag), None) for tag in _TAGS},
+    "deepmind": {f"nfnet_f{n}": (_DEEPMIND.format(n), f"md5:{md5}") for n, md5 in enumerate(_MD5_DEEPMIND)},
+    "imagenet": {
+        **{f"efficientnet_b{n}": (_EFFICIENTNET.format(n), f"md5:{md5}") for n, md5 in enumerate(_MD5_EFFICIENTNET)},
+        **{
+            f"resnetv2_{stem[6:-2]}" if stem.endswith("v2") else stem: (_RESNET.format(stem), f"md5:{md5}")
+            for stem, md5 in _MD5_RESNET.items()
+        },
+    },
+}
+_CONVERTER = {"timm": "timm", "deepmind": "deepmind", "imagenet": "keras"}
+
+
+def load(architecture: str, /, source: str, *, classes: int | None = None, **build_options) -> Any:
+    """Build a model with published weights, downloaded to NFZOO_HOME/downloads when they are first asked for.
+
+    Args:
+        architecture: name of a model, ours or the source's.
+        source: "timm", "deepmind" or "imagenet" (keras.applications); it decides the dialect.
+        classes: another number than the file's gives a new classifier upon the published body.
+        **build_options: of `nfzoo.build`, without weights.
+
+    Raises:
+        ValueError: no such weights (those that exist are listed), or a download of another digest.
+        ConnectionError: see `nfzoo.fetch.fetch`.
+    """
+    key, address, digest = find(architecture, source, build_options.get("dialect"))
+    ending = address.rpartition(".")[-1]
+    path = fetch(address, weights.home() / "downloads" / source / f"{key}.{ending}", digest)
+    model = driver.load(architecture, _CONVERTER[source], path, **build_options)
+    whole = build_options.get("include_top", True) and not build_options.get("features_only")
+    if whole and classes not in (None, model.output_shape[-1]):
+        return registry.set_head(model, classes, build_options.get("classifier_activation"))
+    return model
+
+
+def find(name: str, source: str, dialect: str | None = None) -> tuple[str, str, str | None]:
+    """Key, address and digest of an architecture's published weights.
+
+    Example:
+        >>> find("bn_efficientnet_b0", "timm", dialect="keras")[1]
+        'https://huggingface.co/timm/tf_efficientnet_b0.aa_in1k/resolve/main/model.safetensors'
+    """
+    asked = names.parse(name)
+    for key, (address, digest) in TABLE[source].items():
+        known = names.parse(key)
+        if str(known) == str(asked) and (source != "timm" or _reading(known) == _reading(asked, dialect)):
+            return key, address, digest
+    raise ValueError(
+        f"Expected an architecture with published weights of {source}: {', '.join(TABLE[source])}. Received: {name}"
+    )
+
+
+def _reading(name: names.Name, dialect: str | None = None) -> dict:
+    """timm publishes several readings of one architecture; its own dialect is the default."""
+    overrides = {"dialect": "timm"} | dict(name.overrides)
+    return overrides | ({"dialect": dialect} if dialect else {})
