@@ -34,7 +34,7 @@ setup(
         "wrapt>=1.16",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
+        "dev": ["keras-hub>=0.32", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
         "jax": ["jax>=0.6"],
     },
     entry_points={"console_scripts": ["nfzoo = nfzoo.cli:main"]},

@@ -16,9 +16,9 @@ from nfzoo.files import atomic, sha256, to_json
 class ShowProgress(keras.callbacks.Callback):
     """A bar with loss, accuracy, images per second and time left; one line per epoch where no terminal listens."""
 
-    def __init__(self, batch_size: int, examples: int, console: Console | None = None):
+    def __init__(self, batch_size: int, examples: int, epochs: int, console: Console | None = None):
         super().__init__()
-        self.batch_size, self.examples = batch_size, examples
+        self.batch_size, self.examples, self.epochs = batch_size, examples, epochs  # of the run, not of one `fit`
         self.console = console or Console()
         self.bar = self.task = None
 
@@ -31,7 +31,7 @@ class ShowProgress(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
         if self.bar is not None:
-            title = f"epoch {epoch + 1}/{self.params['epochs']}"
+            title = f"epoch {epoch + 1}/{self.epochs}"
             self.task = self.bar.add_task(title, total=self.params["steps"], state="compiling")
         self.epoch_began = time.perf_counter()
 
@@ -43,10 +43,10 @@ class ShowProgress(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None) -> None:
         self.seen += 1
         elapsed = time.perf_counter() - self.epoch_began
-        line = f"epoch {epoch + 1}/{self.params['epochs']}  {_text(logs)}  {self.examples / elapsed:.0f} images/s"
+        line = f"epoch {epoch + 1}/{self.epochs}  {_text(logs)}  {self.examples / elapsed:.0f} images/s"
         if self.bar is not None:
             self.bar.remove_task(self.task)
-        left = (time.perf_counter() - self.began) / self.seen * (self.params["epochs"] - epoch - 1)
+        left = (time.perf_counter() - self.began) / self.seen * (self.epochs - epoch - 1)
         (self.bar.console if self.bar else self.console).print(
             f"{line}  {int(left // 60)}:{int(left % 60):02d} left", markup=False, highlight=False, soft_wrap=True
         )

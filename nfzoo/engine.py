@@ -5,6 +5,7 @@ and at the end model.keras and metrics.json. Running the same command again resu
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import nfzoo
-from nfzoo import callbacks, data, recipes, registry, spp
+from nfzoo import callbacks, data, names, recipes, registry, spp
 from nfzoo.agc import AGC
 from nfzoo.files import atomic, finite, to_json
 
@@ -43,6 +44,11 @@ def options(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -
     build |= overrides or {}
     if decided := sorted(build.keys() & DECIDED_BY_THE_RUN):
         raise ValueError(f"Expected overrides of the network. Received: {', '.join(decided)}, which the run decides")
+    if recipe.frozen_epochs and not build.get("weights") and model not in names.USER_MODELS:
+        raise ValueError(
+            f"Expected weights for a network that is frozen at first. Received: frozen_epochs={recipe.frozen_epochs} "
+            "without; pass --build weights=FILE.safetensors, or --set frozen_epochs=0 to train from scratch"
+        )
     return {
         "model": model,
         "build": build,
@@ -134,12 +140,14 @@ def run(
         images = data.load(recipe.data, recipe.seed)
         restored = _restore(out, console)
         net, epoch, history = restored or (_new_model(resolved, images, recipe), 0, [])
+        if recipe.frozen_epochs and not any(layer.name == "head" for layer in net.layers):
+            raise ValueError(f'Expected a model with a layer "head" for frozen_epochs. Received: {model} without')
         if taps:
             spp.select_taps(net, taps)
         _record(out, resolved, images)
         batches = data.pipeline(images, recipe)
         guard = callbacks.StopOnNaN()
-        progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), console)
+        progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), recipe.epochs, console)
         steps: list[keras.callbacks.Callback] = [
             data.EpochClock(batches["train"], batches["validation"]),
             guard,
@@ -151,12 +159,7 @@ def run(
         steps.append(callbacks.Checkpoints(out / "checkpoints", history, guard))
         began = time.perf_counter()
         try:
-            validation = batches["validation"] if len(images.validation) else None
-            net.fit(
-                batches["train"], validation_data=validation, epochs=recipe.epochs, initial_epoch=epoch,
-                shuffle=False,  # Keras would shuffle the steps; the batches order themselves
-                callbacks=steps, verbose=0,
-            )  # fmt: skip
+            _fit(net, batches, recipe, epoch, steps)
         finally:
             progress.close()
         metrics = _metrics(net, batches["test"], guard, history, time.perf_counter() - began, len(images.train))
@@ -174,6 +177,8 @@ def _result(out: pathlib.Path, resolved: dict) -> dict | None:
             raise ValueError(
                 f"Expected options.json of a run. Received: {record}, which is damaged; remove it"
             ) from None
+        # A recipe that was written before a setting existed had its default.
+        before["recipe"] = recipes.Recipe().model_dump(mode="json") | before.get("recipe", {})
         differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(to_json(resolved[k]))]
         if differing:
             raise ValueError(
@@ -225,13 +230,55 @@ def _restore(out: pathlib.Path, console: Console) -> tuple[keras.Model, int, lis
 
 
 def _new_model(resolved: dict, images: data.Images, recipe: recipes.Recipe) -> keras.Model:
-    shape = images.train.images.shape[1:]
-    net = registry.build(resolved["model"], classes=len(images.classes), input_shape=shape, **resolved["build"])
+    model, classes = resolved["model"], len(images.classes)
+    build = {**resolved["build"], "input_shape": images.train.images.shape[1:]}
+    if not recipe.frozen_epochs or model in names.USER_MODELS:
+        return registry.build(model, classes=classes, **build)
+    # The classifier is a new one, whatever the number of classes that the weights know.
+    body = registry.build(model, include_top=False, **build)
+    net = registry.build(model, classes=classes, **{**build, "weights": None})
+    values = {v.path: v for v in body.weights}
+    for variable in net.weights:
+        if not variable.path.startswith("head/"):
+            variable.assign(values[variable.path])
+    return net
+
+
+def _fit(net: keras.Model, batches: dict, recipe: recipes.Recipe, epoch: int, steps: list) -> None:
+    """Train from an epoch to the end: at first the classifier alone, if the recipe says so, then all layers."""
+    for start, end in itertools.pairwise(sorted({0, recipe.frozen_epochs, recipe.epochs})):
+        if epoch == start:  # else the checkpoint came compiled
+            _compile(net, recipe, frozen=end <= recipe.frozen_epochs)
+        for step in steps:
+            if isinstance(step, spp.SignalPropagation):
+                step.steps_before = start * len(batches["train"])
+        if epoch < end:
+            net.fit(
+                batches["train"], validation_data=batches["validation"] if len(batches["validation"]) else None,
+                epochs=end, initial_epoch=epoch, callbacks=steps, verbose=0,
+                shuffle=False,  # Keras would shuffle the steps; the batches order themselves
+            )  # fmt: skip
+            epoch = end
+        if net.stop_training:
+            break
+
+
+def _compile(net: keras.Model, recipe: recipes.Recipe, frozen: bool) -> None:
+    """Decide what learns and how. Frozen layers keep their moving statistics too.
+
+    Each part of a run has an optimizer of its own, of the variables that learn: JAX takes no others, and Adam's steps
+    would be too large for moments that join late.
+    """
+    settings = recipe.optimizer
+    if recipe.frozen_epochs:
+        for layer in net.layers:
+            layer.trainable = layer.name == "head" or not frozen
+    if frozen and recipe.frozen_learning_rate:
+        settings = settings.model_copy(update={"learning_rate": recipe.frozen_learning_rate})
     agc = None if recipe.agc is None else AGC(**recipe.agc.model_dump(), log_clipped=True)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    net.compile(optimizer(recipe.optimizer), loss, metrics=["accuracy"], agc=agc)
+    net.compile(optimizer(settings), loss, metrics=["accuracy"], agc=agc)
     net.optimizer.build(net.trainable_variables)
-    return net
 
 
 def _metrics(net, test, guard: callbacks.StopOnNaN, history: list[dict], seconds: float, examples: int) -> dict:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 
 class _Frozen(BaseModel):
@@ -62,6 +62,8 @@ class Recipe(_Frozen):
         build: overrides of `nfzoo.build` by pattern of the model's name; all that match apply, in order.
         seed: decides initialisation, splits, order, augmentation and dropout.
         seeds: the seeds that a scan repeats each setting with.
+        frozen_epochs: epochs at the start that train a new classifier alone, on the weights of `build`; then all layers
+            learn, with a fresh optimizer. frozen_learning_rate: of the first part; None for the optimizer's.
     """
 
     data: Data = Data()
@@ -74,6 +76,15 @@ class Recipe(_Frozen):
     build: dict[str, dict[str, Any]] = {}
     seed: int = Field(0, ge=0)
     seeds: tuple[int, ...] = (0,)
+    frozen_epochs: int = Field(0, ge=0)
+    frozen_learning_rate: float | None = Field(None, gt=0)
+
+    @field_validator("frozen_epochs")
+    @classmethod
+    def _within_the_run(cls, value: int, info: ValidationInfo) -> int:
+        if value > (epochs := info.data.get("epochs", value)):
+            raise ValueError(f"Expected at most epochs={epochs}")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -116,6 +127,16 @@ RECIPES: dict[str, Recipe] = {
         epochs=8,
         build={"bn_*": {"momentum": 0.9}},
         seeds=(0, 1, 2),
+    ),
+    # Another data set for a trained network: its classifier first, then all layers in small steps.
+    "finetune": Recipe(
+        data=Data(image_size=224),
+        augment=Augment(crop_padding=16, flip=True),
+        optimizer=Optimizer(name="adam", learning_rate=1e-4),
+        batch_size=32,
+        epochs=10,
+        frozen_epochs=2,
+        frozen_learning_rate=1e-3,
     ),
 }
 

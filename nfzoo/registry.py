@@ -88,8 +88,8 @@ def build(
         include_preprocessing: take raw images in [0, 255] and standardize them with ImageNet's constants.
         dropout_rate, drop_path_rate: before the classifier; stochastic depth of the last block.
         stem: "imagenet" (stride 2) or "small" (stride 1, for 32x32 images).
-        features_only: return the last map of each stride as {"P2": …, "P5": …}, strides 4 to 32; EfficientNets and
-            RegNets have P1 too. `model.feature_info` tells strides and channels.
+        features_only: return the last map of each stride as {"P2": …, "P5": …}, strides 4 to 32; EfficientNets have P1
+            too, and a small stem shifts all. `model.feature_info` tells strides and channels.
         out_indices: with features_only, which maps: names ("P3"), or timm's numbers, of which i is the map of stride
             2^(i + 1), so that (1, 2, 3, 4) are P2 to P5.
         name: of the Keras model; default: the architecture's.
@@ -131,6 +131,8 @@ def build(
         raise ValueError(f"Expected classes >= 1 (include_top=False leaves the head out). Received: classes={classes}")
     if pooling not in ("avg", "max", None) or (include_top and pooling is None):
         raise ValueError(f'Expected pooling "avg" or "max", or None with include_top=False. Received: {pooling!r}')
+    if out_indices is not None and not features_only:
+        raise ValueError(f"Expected out_indices with features_only=True. Received: out_indices={out_indices} without")
 
     model = _assemble(
         FAMILIES[parsed.family], spec, variant,
@@ -194,11 +196,12 @@ def _select(pyramid: dict, out_indices) -> dict:
     """The maps that the user asks for, in the order of their strides."""
     if out_indices is None:
         return pyramid
+    out_indices = (out_indices,) if isinstance(out_indices, numbers.Integral | str) else tuple(out_indices)
     wanted = {f"P{index + 1}" if isinstance(index, numbers.Integral) else index for index in out_indices}
     if not wanted or wanted - pyramid.keys():
         raise ValueError(
             f"Expected out_indices among {', '.join(pyramid)} (or {', '.join(str(int(k[1:]) - 1) for k in pyramid)}). "
-            f"Received: out_indices={tuple(out_indices)}"
+            f"Received: out_indices={out_indices}"
         )
     return {key: x for key, x in pyramid.items() if key in wanted}
 
@@ -212,8 +215,8 @@ def set_head(model: Any, classes: int, activation: str | None = None) -> Any:
         activation: None for logits.
 
     Returns:
-        A new `NFModel`, uncompiled. Its classifier starts as the old one did; training it trains the shared layers,
-        unless they are frozen.
+        A new `NFModel`, uncompiled. Its classifier starts as the old one did and is trainable; training it trains the
+        shared layers too, unless they are frozen.
 
     Raises:
         ValueError: for a model without a classifier, or classes < 1.
@@ -227,12 +230,14 @@ def set_head(model: Any, classes: int, activation: str | None = None) -> Any:
 
     from nfzoo.trainer import NFModel
 
+    classes = operator.index(classes)
     if classes < 1:
         raise ValueError(f"Expected classes >= 1. Received: classes={classes}")
     head = next((layer for layer in model.layers if layer.name == "head"), None)
     if head is None:
         raise ValueError(f'Expected a model with a layer "head". Received: {model.name}, built without its classifier')
-    new = layers.Dense.from_config({**head.get_config(), "units": classes, "activation": activation})
+    changes = {"units": classes, "activation": activation, "trainable": True}
+    new = layers.Dense.from_config({**head.get_config(), **changes})
     return NFModel(model.input, new(head.input), name=model.name)
 
 

@@ -7,7 +7,7 @@ import sys
 import keras
 
 from nfzoo import agc as clipping
-from nfzoo import layers  # noqa: F401 - registers them
+from nfzoo import layers
 from nfzoo.backend import Step
 
 # Keras walks the graph of a model recursively, one frame per layer: the CIFAR ResNet of 1202 layers is deeper than
@@ -59,6 +59,13 @@ class NFModel(Step, keras.Model):
                 f"Expected the variables the model was compiled with. Received also: {missing}; compile again"
             )
         return [self._agc_units[v.path] for v in self.trainable_variables]
+
+    def summary(self, *args, print_fn=None, **kwargs) -> None:
+        """Print as `keras.Model.summary`, and the rates of stochastic depth, for which its table has no column."""
+        super().summary(*args, print_fn=print_fn, **kwargs)
+        rates = [layer.rate for layer in self.layers if isinstance(layer, layers.StochasticDepth)]
+        if rates:
+            (print_fn or print)(f" Stochastic depth: {len(rates)} layers, rates {rates[0]:.4g} to {rates[-1]:.4g}")
 
     @property
     def pyramid_outputs(self) -> dict:

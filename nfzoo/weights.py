@@ -39,6 +39,7 @@ def save(model: keras.Model, path: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"Expected a path that ends with .safetensors. Received: {path}")
+    # In C order for safetensors; np.ascontiguousarray would make a vector of a scalar.
     tensors = {v.path: np.asarray(keras.ops.convert_to_numpy(v), order="C") for v in model.weights}
     with atomic(path) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata={"model": model.name, "format": "nfzoo"})
@@ -81,7 +82,8 @@ def load(model: keras.Model, weights: str | pathlib.Path, name: str | None = Non
         if differing and all(key.startswith("head/") for key in differing):
             classes = source[differing[0]].shape[-1]
             remedy = (
-                f" Build with classes={classes}, as the file, or with include_top=False for all but the classifier."
+                f" Build with classes={classes}, as the file, or with include_top=False for all but the classifier; "
+                "nfzoo train --recipe finetune trains a new one."
             )
         raise ValueError(f"Expected the weights of {model.name}. Received: {path} {listed}.{remedy}")
     for key, variable in targets.items():

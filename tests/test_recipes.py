@@ -39,6 +39,10 @@ def test_overrides_are_typed():
         ({"agc.clip": 1}, "agc.clip"),
         ({"optimizer.learning_rate": "nan"}, "learning_rate"),
         ({"optimizer.learning_rate": "Infinity"}, "learning_rate.*finite"),
+        ({"frozen_epochs": 9}, "frozen_epochs.*at most epochs=8.*Received: 9"),
+        ({"epochs": 2, "frozen_epochs": 3}, "frozen_epochs.*at most epochs=2"),
+        ({"frozen_epochs": -1}, "frozen_epochs.*greater"),
+        ({"frozen_learning_rate": 0}, "frozen_learning_rate.*greater"),
     ],
 )
 def test_bad_overrides(changes, match):
@@ -56,7 +60,7 @@ def test_fingerprint_names_what_matters():
     name = recipes.fingerprint(demo)
     for same in ({"seed": 5}, {"seeds": [1, 2]}, {"data.data_dir": "/somewhere"}):
         assert recipes.fingerprint(recipes.override(demo, same)) == name
-    for other in ({"epochs": 7}, {"optimizer.learning_rate": 0.01}, {"agc": None}, {"data.name": "fake"}):
+    for other in ({"epochs": 7}, {"optimizer.learning_rate": 0.01}, {"agc": None}, {"frozen_epochs": 8}):
         assert recipes.fingerprint(recipes.override(demo, other)) != name
 
 

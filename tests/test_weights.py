@@ -47,6 +47,14 @@ def test_scalars_and_bfloat16_come_back(tmp_path):
     assert _same(nfzoo.build("nf_test_efficientnet", weights=path), half)
 
 
+@pytest.mark.parametrize("variant", ["none", "bn", "gn", "sn", "nf", "fixup", "skipinit", "rescale", "eun"])
+def test_round_trip_of_every_variant(variant, tmp_path):
+    """Scalars (gains) too."""
+    net = nfzoo.build(f"{variant}_test_resnet")
+    path = weights.save(net, tmp_path / "net.safetensors")
+    assert _same(nfzoo.build(f"{variant}_test_resnet", weights=path), net)
+
+
 def test_weights_of_another_architecture_are_listed_and_nothing_is_written(model, tmp_path):
     path = weights.save(model, tmp_path / "bn.safetensors")
     target = nfzoo.build("nf_test_efficientnet")

@@ -84,7 +84,7 @@ class CenteringBias(keras.layers.Layer):
     def call(self, inputs, training=False):
         mean, count = ops.convert_to_tensor(self.moving_mean), ops.convert_to_tensor(self.count)
         learning = ops.cast(count < self.calls, mean.dtype)
-        if training:
+        if training and self.trainable:  # frozen, it centres by what it has, as a frozen BN normalizes
             batch = ops.mean(ops.cast(inputs, mean.dtype), axis=tuple(range(len(inputs.shape) - 1)))
             mean = mean + learning * (ops.stop_gradient(batch) - mean) / (count + 1)
             self.moving_mean.assign(mean)

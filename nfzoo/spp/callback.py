@@ -67,6 +67,7 @@ class SignalPropagation(keras.callbacks.Callback):
         self.records: list[dict] = []
         self.probe: Probe | None = None
         self.epoch = self.step = self.start = 0
+        self.steps_before = 0  # steps that the optimizer has not counted, because another one took them
 
     def table(self) -> pd.DataFrame:
         """The records of this `fit` as a table."""
@@ -85,7 +86,7 @@ class SignalPropagation(keras.callbacks.Callback):
     def on_train_begin(self, logs=None) -> None:
         loss = None if self.y is None else loss_of(self.model, self.loss)
         self.probe = Probe(self.model, loss=loss, **self.options)
-        self.step = self.start = int(self.model.optimizer.iterations)
+        self.step = self.start = self.steps_before + int(self.model.optimizer.iterations)
         if self.log is not None:
             self.log.rewind(self.step or -1)  # a start from nothing measures step 0 anew
         if self.step == 0:

@@ -1,0 +1,187 @@
+"""Fine-tuning runs: a new classifier on frozen weights first, then everything; killed anywhere, resumed rightly."""
+
+import io
+import json
+
+import keras
+import numpy as np
+import pytest
+from rich.console import Console
+
+import nfzoo
+from nfzoo import callbacks, engine, recipes, spp, weights
+
+MODEL = "bn_test_ffnn"  # with moving statistics, which have to rest as well
+HEAD = {"head/kernel", "head/bias"}
+FROZEN, EPOCHS = 2, 4
+
+
+@pytest.fixture
+def console():
+    return Console(record=True, width=200, file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Weights of a classifier of seven classes; the data has four."""
+    keras.utils.set_random_seed(7)
+    return weights.save(nfzoo.build(MODEL, classes=7), tmp_path_factory.mktemp("pretrained") / "seven.safetensors")
+
+
+@pytest.fixture(scope="module")
+def overrides(pretrained):
+    return {"weights": str(pretrained), "dropout_rate": 0.3}
+
+
+def _recipe(**changes):
+    small = {
+        "data.name": "fake", "data.image_size": 8, "augment.crop_padding": 0, "epochs": EPOCHS, "batch_size": 64,
+        "data.limit": 128, "frozen_epochs": FROZEN, "optimizer.learning_rate": 1e-3, "frozen_learning_rate": 1e-2,
+    }  # fmt: skip
+    return recipes.override(recipes.get("finetune"), {**small, **changes})
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Weights after each epoch, by epoch and path; `watched["die"] = n` kills the run after the checkpoint of n."""
+    seen = {}
+    original = callbacks.Checkpoints.on_epoch_end
+
+    def on_epoch_end(self, epoch, logs=None):
+        original(self, epoch, logs)
+        seen[epoch + 1] = {v.path: np.array(v) for v in self.model.weights}
+        if seen.get("die") == epoch + 1:
+            raise _Killed
+
+    monkeypatch.setattr(callbacks.Checkpoints, "on_epoch_end", on_epoch_end)
+    return seen
+
+
+def _moved(before: dict, after: dict) -> set[str]:
+    return {path for path in after if path not in before or not np.array_equal(before[path], after[path])}
+
+
+@pytest.mark.parametrize("model", [MODEL, "nf_test_resnet"])
+def test_the_classifier_learns_first_and_then_everything(model, watched, tmp_path, console):
+    pretrained = weights.save(nfzoo.build(model, classes=7), tmp_path / "seven.safetensors")
+    recipe = _recipe(**{"data.image_size": 8 if model == MODEL else 32})
+    metrics = engine.run(model, recipe, tmp_path / "run", overrides={"weights": str(pretrained)}, console=console)
+    assert metrics["status"] == "complete" and metrics["epochs"] == EPOCHS
+    stored = weights._read(pretrained)
+    for epoch in range(1, FROZEN + 1):
+        assert _moved(stored, watched[epoch]) == HEAD == _moved(watched[EPOCHS - 1], watched[EPOCHS]) & HEAD
+    assert _moved(watched[1], watched[2]) == HEAD
+    assert len(_moved(watched[FROZEN], watched[EPOCHS])) > 0.9 * len(watched[1])
+    net = engine.load_run(tmp_path / "run")
+    assert net.output_shape == (None, 4) and all(layer.trainable for layer in net.layers)
+    assert "epoch 1/4" in console.export_text()
+    assert spp.read(tmp_path / "run").step.unique().tolist() == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("epoch", [1, FROZEN, 3])
+def test_a_killed_run_ends_as_an_uninterrupted_one(epoch, overrides, watched, tmp_path, console):
+    """Killed while frozen, at the switch, and after it; dropout and signals included."""
+    run = lambda to: engine.run(MODEL, _recipe(), to, overrides=overrides, console=console)  # noqa: E731
+    run(tmp_path / "whole")
+    whole = dict(watched)
+    watched["die"] = epoch
+    with pytest.raises(_Killed):
+        run(tmp_path / "run")
+    del watched["die"]
+    run(tmp_path / "run")
+    assert f"after epoch {epoch}" in console.export_text()
+    for path, value in whole[EPOCHS].items():
+        np.testing.assert_allclose(watched[EPOCHS][path], value, atol=1e-6, rtol=1e-5, err_msg=path)
+    a, b = (spp.read(tmp_path / f)[["step", "epoch", "kind", "layer"]] for f in ("run", "whole"))
+    assert a.equals(b)
+
+
+def test_each_part_has_its_learning_rate(overrides, monkeypatch, tmp_path, console):
+    rates = []
+    original = callbacks.Checkpoints.on_epoch_begin
+
+    def on_epoch_begin(self, epoch, logs=None):
+        rates.append(round(float(self.model.optimizer.learning_rate), 6))
+        original(self, epoch, logs)
+
+    monkeypatch.setattr(callbacks.Checkpoints, "on_epoch_begin", on_epoch_begin)
+    engine.run(MODEL, _recipe(epochs=3), tmp_path / "a", overrides=overrides, taps=None, console=console)
+    same = _recipe(epochs=3, frozen_learning_rate=None)
+    engine.run(MODEL, same, tmp_path / "b", overrides=overrides, taps=None, console=console)
+    assert rates == [0.01, 0.01, 0.001, 0.001, 0.001, 0.001]
+
+
+def test_a_run_may_stay_frozen(overrides, pretrained, watched, tmp_path, console):
+    recipe = _recipe(epochs=FROZEN, agc=0.1)
+    engine.run(MODEL, recipe, tmp_path / "run", overrides=overrides, taps=None, console=console)
+    assert _moved(weights._read(pretrained), watched[FROZEN]) == HEAD
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_second_part(overrides, monkeypatch, tmp_path, console):
+    class Poison(callbacks.StopOnNaN):
+        def on_epoch_begin(self, epoch, logs=None):
+            kernel = self.model.get_layer("head").kernel
+            kernel.assign(np.full(kernel.shape, np.nan))
+
+    monkeypatch.setattr(callbacks, "StopOnNaN", Poison)
+    metrics = engine.run(MODEL, _recipe(), tmp_path / "run", overrides=overrides, taps=None, console=console)
+    assert metrics["status"] == "diverged" and metrics["epochs"] == 0
+
+
+def test_a_classifier_of_as_many_classes_is_new_too(tmp_path, watched, console):
+    """Ten classes of one set are not the ten of another."""
+    path = weights.save(nfzoo.build(MODEL, classes=4), tmp_path / "four.safetensors")
+    recipe = _recipe(epochs=1, frozen_epochs=1, frozen_learning_rate=1e-9)
+    engine.run(MODEL, recipe, tmp_path / "run", overrides={"weights": str(path)}, taps=None, console=console)
+    stored = weights._read(path)["head/kernel"]
+    assert np.abs(watched[1]["head/kernel"] - stored).mean() > 0.01
+
+
+def test_weights_are_asked_for_and_have_to_fit(pretrained, tmp_path, console):
+    with pytest.raises(ValueError, match="weights=FILE.safetensors.*frozen_epochs=0"):
+        engine.run(MODEL, _recipe(), tmp_path / "run", console=console)
+    with pytest.raises(ValueError, match="Expected the weights of none_test_ffnn"):
+        engine.run("none_test_ffnn", _recipe(), tmp_path / "run", overrides={"weights": str(pretrained)})
+    with pytest.raises(ValueError, match="classes=7.*--recipe finetune"):
+        plain = _recipe(frozen_epochs=0)
+        engine.run(MODEL, plain, tmp_path / "run", overrides={"weights": str(pretrained)}, console=console)
+    assert not (tmp_path / "run").exists()
+
+
+def test_users_models_need_a_head(tmp_path, console):
+    @nfzoo.register_model(override=True)
+    def headless(*, classes, **kwargs):
+        model = nfzoo.build("bn_test_resnet", include_top=False)
+        return nfzoo.NFModel(model.input, keras.layers.Dense(classes, name="logits")(model.output))
+
+    with pytest.raises(ValueError, match='layer "head" for frozen_epochs.*headless'):
+        engine.run("headless", _recipe(), tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_recorded_before_a_setting_existed_is_still_that_run(tmp_path, console):
+    recipe = recipes.override(_recipe(), {"frozen_epochs": 0, "frozen_learning_rate": None, "epochs": 1})
+    done = engine.run(MODEL, recipe, tmp_path / "run", taps=None, console=console)
+    path = tmp_path / "run" / "options.json"
+    options = json.loads(path.read_text())
+    del options["recipe"]["frozen_epochs"], options["recipe"]["frozen_learning_rate"]
+    path.write_text(json.dumps(options))
+    assert engine.run(MODEL, recipe, tmp_path / "run", taps=None, console=console) == done
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_jax(fresh_process, overrides, tmp_path):
+    code = f"""
+import json, sys, io
+from rich.console import Console
+from nfzoo import engine, recipes
+recipe = recipes.Recipe.model_validate_json({_recipe().model_dump_json()!r})
+quiet = Console(file=io.StringIO())
+print(json.dumps(engine.run({MODEL!r}, recipe, sys.argv[1], overrides={overrides!r}, console=quiet)))
+"""
+    metrics = fresh_process(code, tmp_path / "run", KERAS_BACKEND="jax")
+    assert metrics["status"] == "complete" and metrics["epochs"] == EPOCHS
