@@ -17,14 +17,15 @@ SOURCES: dict[str, ModuleType] = {"timm": timm, "deepmind": deepmind, "keras": k
 _LISTED = 6
 
 
-def load(architecture: str, /, source: str, weights: Any, **build_options) -> keras.Model:
+def load(name: str, source: str, weights: Any, model_name: str | None = None, **build_options) -> keras.Model:
     """Build a model and fill it with the weights of another implementation.
 
     Args:
-        architecture: name of a model, ours or the source's, e.g. "nf_resnet50", "dm_nfnet_f0", "EfficientNetB0".
+        name: of an architecture, ours or the source's, e.g. "nf_resnet50", "dm_nfnet_f0", "EfficientNetB0".
         source: "timm", "deepmind" or "keras". It decides the dialect, unless the name or an option does.
         weights: timm: a mapping, .safetensors, .pth or .bin; deepmind: a mapping ("module/name" or nested), a pickle as
             released, or .npz; keras: a live model, legacy .h5 or .weights.h5. Pickles are read without running code.
+        model_name: of the Keras model; default: the architecture's.
         **build_options: of `nfzoo.build`. The number of classes is the file's unless given; a file without a
             classifier gives a model without one.
 
@@ -41,7 +42,7 @@ def load(architecture: str, /, source: str, weights: Any, **build_options) -> ke
         >>> load("test_nfnet", "timm", tensors, input_shape=(64, 64, 3)).output_shape
         (None, 3)
     """
-    module, parsed = _source(source), names.parse(architecture)
+    module, parsed = _source(source), names.parse(name)
     options = _with_dialect(parsed, module, build_options)
     rename = _rule(module, parsed, options)
     tensors = _wanted(module.read(weights, parsed), module)
@@ -52,15 +53,15 @@ def load(architecture: str, /, source: str, weights: Any, **build_options) -> ke
         options.setdefault("include_top", False)
     elif not partial and options.get("classes") is None:
         options["classes"] = len(head)
-    model = registry.build(architecture, **options)
-    fill(model, tensors, rename, module.to_keras, _whole(architecture, options, rename) if partial else frozenset())
+    model = registry.build(name, name=model_name, **options)
+    fill(model, tensors, rename, module.to_keras, _whole(name, options, rename) if partial else frozenset())
     return model
 
 
-def _whole(architecture: str, options: dict, rename: Callable) -> frozenset[str]:
+def _whole(name: str, options: dict, rename: Callable) -> frozenset[str]:
     """Names of all the source's tensors of a network, of which a model without its top leaves some."""
     with keras.StatelessScope():  # names only: no weight is drawn
-        return frozenset(rename(v.path) for v in registry.build(architecture, **registry.overrides_of(options)).weights)
+        return frozenset(rename(v.path) for v in registry.build(name, **registry.overrides_of(options)).weights)
 
 
 def fill(

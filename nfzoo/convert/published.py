@@ -66,7 +66,8 @@ def load(architecture: str, /, source: str, *, classes: int | None = None, **bui
     key, address, digest = find(architecture, source, build_options.get("dialect"))
     ending = address.rpartition(".")[-1]
     path = fetch(address, weights.home() / "downloads" / source / f"{key}.{ending}", digest)
-    model = driver.load(architecture, _CONVERTER[source], path, **build_options)
+    model_name = build_options.pop("name", None)
+    model = driver.load(architecture, _CONVERTER[source], path, model_name, **build_options)
     whole = build_options.get("include_top", True) and not build_options.get("features_only")
     if whole and classes not in (None, model.output_shape[-1]):
         return registry.set_head(model, classes, build_options.get("classifier_activation"))
