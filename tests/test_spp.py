@@ -158,6 +158,15 @@ def test_schedules(every, steps, images):
     assert probe.table().step.unique().tolist() == steps
 
 
+def test_steps_that_end_together_miss_no_schedule(images):
+    x, y = np.repeat(images[0], 2, 0), np.repeat(images[1], 2, 0)
+    model = nfzoo.build("sn_test_ffnn", input_shape=(32, 32, 3))
+    model.compile("sgd", crossentropy(), steps_per_execution=3)
+    probe = nfzoo.SignalPropagation(x[:4], y[:4], every=4, what=("activations",))
+    model.fit(x, y, batch_size=2, epochs=1, verbose=0, callbacks=[probe])  # 8 steps, seen after 3, 6 and 8
+    assert probe.table().step.unique().tolist() == [0, 6, 8]
+
+
 def test_without_labels_there_are_no_gradients(images):
     model = nfzoo.build("sn_test_efficientnet")
     model.compile("sgd", crossentropy())

@@ -96,11 +96,14 @@ class SignalPropagation(keras.callbacks.Callback):
         self.epoch, self.start = epoch, self.step
 
     def on_train_batch_end(self, batch, logs=None) -> None:
-        self.step = self.start + batch + 1
-        if self.every == "epoch":
-            return
-        if self.every(self.step) if callable(self.every) else self.step % self.every == 0:
+        # With steps_per_execution several steps end at once, and Keras counts the last ones full.
+        before, last = self.step, self.params.get("steps") or math.inf
+        self.step = self.start + min(batch + 1, last)
+        if self.every != "epoch" and any(map(self._due, range(before + 1, self.step + 1))):
             self.measure(self.step)
+
+    def _due(self, step: int) -> bool:
+        return self.every(step) if callable(self.every) else step % self.every == 0
 
     def on_epoch_end(self, epoch, logs=None) -> None:
         self.epoch = epoch + 1
