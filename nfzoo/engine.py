@@ -235,6 +235,8 @@ def _new_model(resolved: dict, images: data.Images, recipe: recipes.Recipe) -> k
     if not recipe.frozen_epochs or model in names.USER_MODELS:
         return registry.build(model, classes=classes, **build)
     # The classifier is a new one, whatever the number of classes that the weights know.
+    if build["weights"] in registry.PUBLISHERS:  # they decide the dialect as well
+        return registry.set_head(registry.build(model, **build), classes)
     body = registry.build(model, include_top=False, **build)
     net = registry.build(model, classes=classes, **{**build, "weights": None})
     values = {v.path: v for v in body.weights}

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import nfzoo
 from nfzoo import callbacks, engine, recipes, spp, weights
+from nfzoo.convert import published
 
 MODEL = "bn_test_ffnn"  # with moving statistics, which have to rest as well
 HEAD = {"head/kernel", "head/bias"}
@@ -139,6 +140,25 @@ def test_a_classifier_of_as_many_classes_is_new_too(tmp_path, watched, console):
     engine.run(MODEL, recipe, tmp_path / "run", overrides={"weights": str(path)}, taps=None, console=console)
     stored = weights._read(path)["head/kernel"]
     assert np.abs(watched[1]["head/kernel"] - stored).mean() > 0.01
+
+
+@pytest.mark.parametrize("classes", [4, 7])
+def test_published_weights_decide_the_dialect(classes, tmp_path, monkeypatch, console):
+    theirs = nfzoo.build("bn_test_efficientnet", dialect="timm", classes=classes)
+    nfzoo.convert.save(theirs, tmp_path / "theirs.safetensors", target="timm")
+    entry = ("https://files.example.org/theirs.safetensors", None)
+    monkeypatch.setitem(published.TABLE["timm"], "bn_test_efficientnet", entry)
+    monkeypatch.setattr(published, "fetch", lambda *args: tmp_path / "theirs.safetensors")
+    recipe = _recipe(**{"data.image_size": 32, "epochs": 1, "frozen_epochs": 1, "frozen_learning_rate": 1e-9})
+    overrides = {"weights": "timm"}
+    engine.run("bn_test_efficientnet", recipe, tmp_path / "run", overrides=overrides, taps=None, console=console)
+    ours = engine.load_run(tmp_path / "run")
+    x = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype("float32")
+    pooled = [keras.Model(m.input, m.get_layer("top_pool").output)(x) for m in (ours, theirs)]
+    np.testing.assert_allclose(*pooled, atol=1e-5)
+    assert ours.output_shape == (None, 4)
+    if classes == 4:
+        assert np.abs(ours.get_layer("head").kernel.numpy() - theirs.get_layer("head").kernel.numpy()).mean() > 1e-3
 
 
 def test_weights_are_asked_for_and_have_to_fit(pretrained, tmp_path, console):
