@@ -241,6 +241,7 @@ print(json.dumps([rows.to_dict("list"), logs, sums]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nf_test_efficientnet", "bn_test_resnet"])
 def test_tensorflow_and_jax_agree_in_float64(name, fresh_process):
     """The same statistics, the same gradients at taps and weights, and the same clipped training steps."""

@@ -186,6 +186,19 @@ def test_grouped_convolution_is_one_convolution_per_group():
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_grouped_convolution_has_gradients_in_every_precision(dtype):
+    """On a CPU TensorFlow's own operation has them in float32 and bfloat16 only."""
+    import tensorflow as tf
+
+    layer = layers.GroupedConv2D(8, 3, groups=2, dtype=dtype)
+    x = tf.cast(np.random.default_rng(0).standard_normal((2, 6, 6, 4)), dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(tf.square(layer(x)))
+    assert all(np.isfinite(np.array(g, "float32")).all() for g in tape.gradient(loss, [x, layer.kernel.value]))
+
+
 def test_gamma_in_the_kernel_equals_gamma_on_the_activation_before_it():
     x = np.random.default_rng(0).standard_normal((2, 6, 6, 8)).astype("float32")
     scaled, plain = layers.ScaledStdConv2D(4, 3, gamma=numerics.gamma("relu")), layers.ScaledStdConv2D(4, 3)

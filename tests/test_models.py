@@ -64,10 +64,11 @@ def test_output_is_finite_and_every_variable_has_a_gradient(tiny):
 @pytest.mark.parametrize("name", TINY)
 def test_loss_falls_on_one_batch(name):
     model = _build(name, dropout_rate=0.0)
-    model.compile(keras.optimizers.Adam(3e-3), crossentropy())
+    # Eagerly: building the graph of a step takes longer than the steps.
+    model.compile(keras.optimizers.Adam(1e-2), crossentropy(), run_eagerly=True)
     x, y = _noise(model), np.arange(8) % 10
-    losses = model.fit(x, y, epochs=25, batch_size=8, verbose=0).history["loss"]
-    assert losses[-1] < 0.8 * losses[0]
+    losses = model.fit(x, y, epochs=16, batch_size=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @tiny_models
@@ -123,15 +124,14 @@ def test_layer_names_do_not_depend_on_what_was_built_before(variant):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_mixed_precision(variant, policy, images):
+@pytest.mark.parametrize("name", [*(f"{v}_test_efficientnet" for v in VARIANTS), "nf_test_resnet", "bn_test_resnet"])
+def test_mixed_precision(name, policy, images):
     keras.config.set_dtype_policy(policy)
-    model = nfzoo.build(f"{variant}_test_efficientnet")
+    model = nfzoo.build(name)
     model.compile("sgd", crossentropy())
     assert np.isfinite(model.fit(*images, verbose=0).history["loss"][0])
-    assert model.output.dtype == "float32" and model.get_layer("top_conv").compute_dtype == policy.removeprefix(
-        "mixed_"
-    )
+    half = policy.removeprefix("mixed_")
+    assert model.output.dtype == "float32" and model.get_layer("stem_conv1").compute_dtype == half
 
 
 def test_frozen_models_have_nothing_to_train(images):

@@ -312,13 +312,14 @@ def test_every_statistic_equals_numpy():
     assert float(spp.statistics(x, names=["dead"])["dead"]) == pytest.approx(1 / 6)
 
 
+def largest(x, axes):
+    return keras.ops.max(keras.ops.abs(x))
+
+
 def test_a_users_statistic_is_a_column(images, monkeypatch):
     monkeypatch.setitem(spp.STATS, "largest", None)  # and is taken out again
 
-    @spp.statistic
-    def largest(x, axes):
-        return keras.ops.max(keras.ops.abs(x))
-
+    spp.statistic(largest)
     rows = spp.snapshot(
         nfzoo.build("sn_test_ffnn"), images[0][:, :8, :8], statistics=["largest"], what=("activations",)
     )
