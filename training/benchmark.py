@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import pandas as pd
@@ -34,18 +34,21 @@ class Case:
     """One comparison: the same network, batch and work for each contestant."""
 
     ours: str
+    """Of the same dialect as the first peer, so that both do the same work."""
     size: int
     batch: int
     peers: tuple[str, ...]
     """"library:model"."""
     target: float | None = None
     """Largest ratio that we accept against the first peer."""
+    options: dict = field(default_factory=dict)
+    """Of `nfzoo.build`."""
     classes: int = 1000
 
 
 CASES = {
-    "nfnet_f0": Case("nf_nfnet_f0", 192, 4, ("timm:dm_nfnet_f0",), 0.95),
-    "nf_resnet50": Case("nf_resnet50", 224, 8, ("timm:nf_resnet50",), 0.9),
+    "nfnet_f0": Case("dm_nfnet_f0", 192, 4, ("timm:dm_nfnet_f0",), 0.95),
+    "nf_resnet50": Case("nf_resnet50", 224, 8, ("timm:nf_resnet50",), 0.9, {"dialect": "timm"}),
     "efficientnet_b0_32px": Case(
         "bn_efficientnet_b0", 32, 128, ("keras.applications:EfficientNetB0", "timm:tf_efficientnet_b0"), classes=100
     ),
@@ -65,7 +68,7 @@ def nfzoo_step(name: str, case: Case, images, labels):
     import nfzoo
 
     shape = images.shape[1:]
-    return _keras_step(nfzoo.build(name, classes=case.classes, input_shape=shape), images, labels)
+    return _keras_step(nfzoo.build(name, classes=case.classes, input_shape=shape, **case.options), images, labels)
 
 
 def keras_step(name: str, case: Case, images, labels):

@@ -80,3 +80,8 @@ def _wide(gradient):
 def conv(x, kernel, strides, padding: str, dilation_rate=1):
     """2D convolution, channels last; see `nfzoo.backend.tensorflow.conv`."""
     return keras.ops.conv(x, kernel, strides, padding, dilation_rate=dilation_rate)
+
+
+def standardize_columns(matrix, epsilon: float):
+    """(matrix - mean) / sqrt(variance + epsilon) of every column."""
+    return (matrix - matrix.mean(0)) * jax.lax.rsqrt(matrix.var(0) + epsilon)

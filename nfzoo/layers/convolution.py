@@ -33,6 +33,10 @@ def standardize(kernel: Any, axes: Sequence[int], gain: Any = None, epsilon: flo
     References: NF-ResNet paper (arXiv 2101.08692), section 4; NFNet paper (arXiv 2102.06171), equation 1.
     """
     fan_in = math.prod(kernel.shape[axis] for axis in axes)
+    if mode == "add" and tuple(axes) == tuple(range(len(axes))):  # each unit is a column of a matrix
+        columns = backend.standardize_columns(ops.reshape(kernel, (fan_in, -1)), epsilon)
+        effective = ops.reshape(columns, kernel.shape) * fan_in**-0.5
+        return effective if gain is None else effective * gain
     mean = ops.mean(kernel, axis=axes, keepdims=True)
     centred = kernel - mean
     variance = ops.mean(ops.square(centred), axis=axes, keepdims=True)

@@ -37,13 +37,11 @@ class Merge(keras.layers.Layer):
 
     def call(self, inputs):
         skip, branch = inputs
-        if self.gain is not None:
-            branch = branch * self.gain
+        # Scalars first: each product with a map is a pass over memory, forward and backward.
+        scale = self.branch_scale if self.gain is None else self.gain * self.branch_scale
         if self.skip_scale != 1.0:
             skip = skip * self.skip_scale
-        if self.branch_scale != 1.0:
-            branch = branch * self.branch_scale
-        return skip + branch
+        return skip + branch if isinstance(scale, float) and scale == 1.0 else skip + branch * scale
 
     def compute_output_shape(self, input_shape):
         return input_shape[0]
