@@ -90,6 +90,9 @@ def _receive(address: str, partial: pathlib.Path) -> str | None:
         return _receive(address, partial)
     with response:
         redirects.read(response.headers)
+        continues = response.headers.get("Content-Range", f"bytes {start}-").startswith(f"bytes {start}-")
+        if response.status == http.HTTPStatus.PARTIAL_CONTENT and not continues:
+            raise ConnectionError(f"another part of the file than asked for, {response.headers.get('Content-Range')!r}")
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # the server sends the whole file
             start = 0
         length = response.headers.get("Content-Length")

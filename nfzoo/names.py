@@ -77,7 +77,7 @@ def aliases() -> dict[str, Name]:
     timm_dm = {"dialect": "timm", "padding": "same", "gamma_in": "activation", "skip_gain": 0.0, "last_gain": 1.0}
     for row in nfnet.SPECS:
         add(row, "nf", row)
-        if row.startswith("nfnet_f"):
+        if row.startswith("nfnet_f") and "plus" not in row and row != "nfnet_f7":
             add(f"dm_{row}", "nf", row, **timm_dm)
         if row.endswith("plus"):
             add(row.replace("plus", "+"), "nf", row)

@@ -74,7 +74,9 @@ def build(
     """Build a network by name.
 
     Args:
-        architecture: name in the zoo, e.g. "sn_efficientnet_b0"; see `list_models`.
+        architecture: name in the zoo, e.g. "sn_efficientnet_b0"; see `list_models`. With a tag, as
+            "nf_resnet50.ra2_in1k", it comes with those weights: published by timm, or an entry of
+            the manifest.
         weights: None for a fresh initialisation, a path (.safetensors, .keras, .weights.h5), the tag of an entry in
             the manifest of saved_models, or "timm", "deepmind", "imagenet" (keras.applications) for what they have
             published: it is downloaded to NFZOO_HOME/downloads once, and the dialect is theirs. They expect ImageNet's
@@ -110,6 +112,13 @@ def build(
         >>> build("sn_efficientnet_b0", classes=100, input_shape=(32, 32, 3)).count_params()
         4093632
     """
+    architecture, _, tag = architecture.partition(".")
+    if tag:
+        if weights is not None:
+            raise ValueError(f"Expected a tag in the name, or weights. Received: .{tag} and weights={weights!r}")
+        from nfzoo.convert import published
+
+        weights = published.source_of(f"{architecture}.{tag}") or tag
     common = {"dropout_rate": dropout_rate, "drop_path_rate": drop_path_rate, "stem": stem}
     overrides |= {k: v for k, v in common.items() if v is not None}
     if architecture in USER_MODELS:

@@ -162,7 +162,8 @@ def application(request):
     options = {"include_top": False} if request.param is None else {"classes": request.param}
     theirs, rng = keras.applications.EfficientNetB0(weights=None, **options), np.random.default_rng(0)
     for variable in theirs.weights:
-        variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+        if not variable.path.startswith("normalization"):
+            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
     return theirs, keras_applications.read(theirs, None), request.param
 
 
@@ -219,3 +220,43 @@ def test_seventy_million_parameters_take_less_than_twenty_seconds():
     model = nfzoo.convert.load("dm_nfnet_f0", "timm", tensors)
     assert time.perf_counter() - began < 20
     assert model.count_params() > 7e7
+
+
+def test_another_normalization_of_the_input_is_said(application):
+    _, tensors, _ = application
+    other = tensors | {"normalization/mean": np.array([0.3, 0.4, 0.5]), "normalization/variance": np.full(3, 0.05)}
+    with pytest.raises(ValueError, match="ImageNet.*0.3"):
+        nfzoo.convert.load("EfficientNetB0", "keras", other)
+
+
+def test_a_classifier_of_another_name_is_the_classifier():
+    base = keras.applications.EfficientNetB0(weights=None, include_top=False, pooling="avg", input_shape=(64, 64, 3))
+    theirs = keras.Model(base.input, keras.layers.Dense(3, name="my_classes")(base.output))
+    ours = nfzoo.convert.load("EfficientNetB0", "keras", theirs, input_shape=(64, 64, 3))
+    x = np.random.default_rng(0).uniform(0, 1, (1, 64, 64, 3)).astype("float32")
+    np.testing.assert_allclose(np.asarray(ours(x)), np.asarray(theirs(255 * x)), atol=1e-5)
+
+
+# ---------------------------------------------------------------- what timm would compute otherwise
+@pytest.mark.parametrize(
+    ("name", "options"), [("nf_test_nfnet", {"dialect": "deepmind"}), ("nf_resnet26", {"dialect": "deepmind"})]
+)
+def test_another_reading_is_not_written_for_timm(name, options, tmp_path):
+    """timm would refuse such a file, or load it and compute something else."""
+    model = nfzoo.build(name, classes=3, input_shape=(64, 64, 3), **options)
+    with pytest.raises(ValueError, match='dialect="timm"'):
+        nfzoo.convert.save(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_timm_does_not_have_is_not_written(tmp_path):
+    for name in ("sn_test_efficientnet", "none_test_resnet"):
+        with pytest.raises(ValueError, match="timm has"):
+            nfzoo.convert.save(nfzoo.build(name), tmp_path / "model.safetensors")
+
+
+def test_a_tensor_with_and_without_a_prefix_is_refused():
+    tensors = driver.as_tensors(nfzoo.build("nf_test_nfnet", classes=3), "timm")
+    tensors["module.head.fc.bias"] = tensors["head.fc.bias"]
+    with pytest.raises(ValueError, match="twice"):
+        nfzoo.convert.load("test_nfnet", "timm", tensors)

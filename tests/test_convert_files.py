@@ -276,3 +276,15 @@ def test_a_truncated_pickle(part, tmp_path):
     (tmp_path / "F0.npz").write_bytes(content[: int(part * len(content))])
     with pytest.raises(ValueError, match=r"Expected a pickle.*F0\.npz, which is damaged"):
         nfzoo.convert.load("nfnet_f0", "deepmind", tmp_path / "F0.npz")
+
+
+@pytest.mark.parametrize("target", [("argparse", "Namespace"), ("_codecs", "encode"), ("numpy", "dtype")])
+def test_a_pickle_cannot_change_a_class_or_a_function(target):
+    """The opcode BUILD sets attributes of whatever lies on the stack, a class or a function of ours too."""
+    module, name = target
+    state = b"(N(dS'__init__'\nI1\nstt"  # (None, {"__init__": 1}): slots to set
+    with pytest.raises(ValueError):
+        pickles.load(b"c" + module.encode() + b"\n" + name.encode() + b"\n" + state + b"b.")
+    import argparse
+
+    assert argparse.Namespace(a=1).a == 1

@@ -69,9 +69,19 @@ VARIED = [
     ("dm_nfnet_f0", {}, 71489284),
     ("bn_resnet110_cifar", {"classes": 100}, 1733812), ("eunnet110_cifar", {"scale": False}, 1723914),
     ("eunnet110_cifar", {"classes": 100}, 1729818), ("eunnet110_cifar", {"shortcut": "project"}, 1726624),
+    *((f"bn_resnet{n}_cifar", {"shortcut": "zero_pad_norm"}, c) for n, c in zip(
+        (20, 32, 44, 56, 110, 1202), (269818, 464250, 658682, 853114, 1728058, 19421370), strict=True)),
     ("ResNet50", {}, 25583592), ("ResNet101", {}, 44601832),
 ]  # fmt: skip
-CHEAP = {"nf_resnet50", "bn_resnet110_cifar", "eunnet110_cifar", "nf_regnet_b0", "nf_regnet_b2", "ResNet50"}
+CHEAP = {
+    "nf_resnet50",
+    "bn_resnet20_cifar",
+    "bn_resnet110_cifar",
+    "eunnet110_cifar",
+    "nf_regnet_b0",
+    "nf_regnet_b2",
+    "ResNet50",
+}
 
 # Thousand millions of multiply-adds at a size, by DeepMind's own counter.
 MULTIPLY_ADDS = [
@@ -106,7 +116,8 @@ def test_published_multiply_adds(name, size, giga):
 
 
 def test_where_deepminds_counter_takes_fractions_of_pixels():
-    """240 px leave RegNet-B2 maps of 15 and 8 pixels; the published 0.858 counts (15 / 2)^2 pixels for the 8^2."""
+    """240 px leave RegNet-B2 maps of 15 and 8 pixels; the published 0.858 counts (15 / 2)^2 pixels for the 8^2. So
+    with B2 at 272 and B8 at 600 px. (timm's figures count the standardization of kernels too.)"""
     info = nfzoo.model_info("nf_regnet_b2")
     model = nfzoo.build("nf_regnet_b2", input_shape=(240, 240, 3))
     last = sum(

@@ -171,7 +171,9 @@ def zoo(server, tiny_timm, monkeypatch, tmp_path):
                 file[layer].create_dataset(f"{layer}/{v.name}:0", data=np.asarray(v))
     files = {
         ("timm", "test_nfnet"): safetensors.numpy.save(tiny_timm[1]),
-        ("timm", "bn_test_efficientnet"): safetensors.numpy.save(driver.as_tensors(efficientnet)),
+        ("timm", "bn_test_efficientnet"): safetensors.numpy.save(
+            driver.as_tensors(built("bn_test_efficientnet", classes=4, dialect="timm"))
+        ),
         ("deepmind", "nf_test_nfnet"): pickle.dumps({rename(v.path): np.asarray(v) for v in nfnet.weights}),
         ("imagenet", "bn_test_efficientnet"): (tmp_path / "legacy.h5").read_bytes(),
     }

@@ -47,7 +47,7 @@ class Case:
 
 
 CASES = {
-    "nfnet_f0": Case("dm_nfnet_f0", 192, 4, ("timm:dm_nfnet_f0",), 0.95),
+    "nfnet_f0": Case("dm_nfnet_f0", 192, 4, ("timm:dm_nfnet_f0",), 0.95, {"dropout_rate": 0.0}),
     "nf_resnet50": Case("nf_resnet50", 224, 8, ("timm:nf_resnet50",), 0.9, {"dialect": "timm"}),
     "efficientnet_b0_32px": Case(
         "bn_efficientnet_b0", 32, 128, ("keras.applications:EfficientNetB0", "timm:tf_efficientnet_b0"), classes=100

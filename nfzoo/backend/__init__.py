@@ -1,8 +1,8 @@
 """What differs between Keras backends: one training step with AGC, and the signals of one probe.
 
-Each module exports `Step` (a mixin for `keras.Model` with `train_step`), `conv(...)` (grouped too), `standardize_columns(...)`, `signals(...)` and
-`sync(model)`, which brings the variables of a model up to date in the middle of `fit`; the active one is chosen here,
-once.
+Each module exports `Step` (a mixin for `keras.Model` with `train_step`), `conv(...)` (grouped too),
+`standardize_columns(...)`, `signals(...)` and `sync(model)`, which brings the variables of a model up to date in the
+middle of `fit`; the active one is chosen here, once.
 """
 
 import keras

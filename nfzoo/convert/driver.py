@@ -103,7 +103,9 @@ def as_tensors(
     if not hasattr(module, "from_keras"):
         raise ValueError(f"Expected a target that nfzoo writes: timm. Received: target={target!r}")
     parsed = names.parse(name or model.name)
-    rename = _rule(module, parsed, _with_dialect(parsed, module, build_options))
+    options = _with_dialect(parsed, module, build_options)
+    rename = _rule(module, parsed, options)
+    _check_reading(model, name or model.name, target, options)
     tensors = {}
     for variable in model.weights:
         key = rename(variable.path)
@@ -112,20 +114,46 @@ def as_tensors(
     return tensors
 
 
+# What two readings of one architecture differ in.
+_READING = (
+    "filters", "kernel_size", "strides", "padding", "groups", "pool_size", "epsilon", "epsilon_mode", "gamma",
+    "activation", "scale", "skip_scale", "branch_scale",
+)  # fmt: skip
+
+
+def _check_reading(model: keras.Model, name: str, target: str, options: dict) -> None:
+    """Refuse a model that computes something else than the target with the same numbers."""
+
+    def reading(net):
+        config = {layer.name: layer.get_config() for layer in net.layers if layer.name not in ("image", "head")}
+        return {layer: {key: c[key] for key in _READING if key in c} for layer, c in config.items()}
+
+    with keras.StatelessScope():  # shapes and settings only: no weight is drawn
+        expected = registry.build(name, input_shape=model.input_shape[1:], dropout_rate=0.0, **options)
+    ours, theirs = reading(model), reading(expected)
+    layers = [layer for layer in ours if "drop" not in layer and ours[layer] != theirs.get(layer)]
+    if layers:
+        raise ValueError(
+            f"Expected a model that {target} computes alike. Received: {model.name}, which differs in "
+            f'{shorten(layers)}. Build it with dialect="{options["dialect"]}", or give the name it has there, e.g. '
+            'name="dm_nfnet_f0", and the overrides that it was built with.'
+        )
+
+
 def save(
     model: keras.Model, path: str | pathlib.Path, target: str = "timm", name: str | None = None, **build_options
 ) -> pathlib.Path:
     """Write a model's weights in timm's names and layout, as safetensors.
 
     Args:
-        model: of a timm architecture; the numbers mean the same to timm only if it was built with `dialect="timm"`.
+        model: of a timm architecture, built with `dialect="timm"`; another reading is refused.
         path: ends with .safetensors.
         target: "timm".
         name: name of the architecture; default: the model's name.
         **build_options: what the model was built with that changes its layers, e.g. `deep_stem=True`.
 
     Raises:
-        ValueError: for an architecture that timm does not have, another target or another ending.
+        ValueError: for an architecture that timm does not have or computes otherwise, another target or ending.
     """
     import safetensors.numpy
 

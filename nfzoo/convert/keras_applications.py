@@ -13,6 +13,8 @@ from nfzoo.weights import load, read_keras
 
 DIALECTS = ("keras",)
 # The normalization of the input: ask nfzoo for `include_preprocessing=True` instead.
+# (x / 255 - mean) / std of ImageNet, which the published files store as mean and as std or its square.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IGNORED = r"^(normalization|rescaling)"
 
 
@@ -75,7 +77,28 @@ def to_keras(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def read(weights: Any, name) -> dict[str, np.ndarray]:
-    """Read a mapping, a live model, or a file: legacy .h5, Keras 3 .weights.h5 or .keras."""
+    """Read a mapping, a live model, or a file; the only dense layer is the classifier, whatever its name.
+
+    Raises:
+        ValueError: for a damaged file, or a normalization of the input that `include_preprocessing=True` is not.
+    """
+    tensors = _read(weights, name)
+    dense = {key.rsplit("/", 1)[0] for key, value in tensors.items() if key.endswith("/kernel") and value.ndim == 2}
+    if len(dense) == 1:
+        layer = dense.pop()
+        tensors = {key.replace(f"{layer}/", "predictions/"): value for key, value in tensors.items()}
+    mean, variance = (tensors.get(f"normalization/{kind}") for kind in ("mean", "variance"))
+    known = [((0, 0, 0), (1, 1, 1)), (_MEAN, _STD), (_MEAN, np.square(_STD))]
+    if mean is not None and not any(np.allclose(mean, m) and np.allclose(variance, v) for m, v in known):
+        raise ValueError(
+            f"Expected an input normalized by ImageNet's constants, or not. Received: mean {mean.ravel()}, variance "
+            f"{variance.ravel()}. Leave these tensors out, and put that layer before the converted model yourself."
+        )
+    return tensors
+
+
+def _read(weights: Any, name) -> dict[str, np.ndarray]:
+    # Files: legacy .h5, Keras 3 .weights.h5 or .keras.
     if isinstance(weights, Mapping):
         return {key: np.asarray(value) for key, value in weights.items()}
     if isinstance(weights, keras.Model):
@@ -114,7 +137,7 @@ def _by_order(path: Path, name, classes: int | None) -> dict[str, np.ndarray]:
     options = {"include_top": False} if classes is None else {"classes": classes}
     model = maker(weights=None, classifier_activation=None, **options)
     load(model, path)
-    return read(model, name)
+    return _read(model, name)
 
 
 def _maker(row: str):

@@ -1,6 +1,5 @@
 """Read a pickle of arrays and containers, and refuse any other."""
 
-import argparse
 import collections
 import io
 import pickle
@@ -59,13 +58,37 @@ def _jax_array(function: Callable, arguments: tuple, state: tuple, _ignored=None
     return array
 
 
+class _Call:
+    """A function that a pickle may call and not change: the opcode BUILD sets attributes of whatever it is given."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable):
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *arguments):
+        return self._function(*arguments)
+
+    def __setattr__(self, name, value):
+        raise Refused("Expected a pickle of arrays and containers. Received: one that changes a function")
+
+
+class _Unchanging(type):
+    def __setattr__(cls, name, value):
+        raise Refused("Expected a pickle of arrays and containers. Received: one that changes a class")
+
+
+class _Options(metaclass=_Unchanging):
+    """Stands for argparse.Namespace: timm's training script keeps its options beside the weights."""
+
+
 ALLOWED: dict[tuple[str, str], Callable] = {
     ("numpy", "ndarray"): _array,
     ("numpy", "dtype"): _Dtype,
     ("ml_dtypes", "bfloat16"): ml_dtypes.bfloat16,
     ("jax._src.array", "_reconstruct_array"): _jax_array,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("argparse", "Namespace"): argparse.Namespace,  # timm's training script keeps its options beside the weights
+    ("argparse", "Namespace"): _Options,
     ("_codecs", "encode"): _from_latin,
     # Haiku's immutable dictionaries are made from a plain one.
     ("haiku._src.data_structures", "FlatMapping"): dict,
@@ -87,7 +110,9 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.allowed:
-            return self.allowed[module, name]
+            found = self.allowed[module, name]
+            # Classes of the interpreter and of NumPy cannot be changed; what is Python's own can.
+            return found if isinstance(found, type) and found is not _Dtype else _Call(found)
         raise Refused(
             f"Expected a pickle of arrays and containers. Received: {self.path}, which names {module}.{name}; it is "
             "not read, because that could run code. Convert it to safetensors or npz where you trust it."

@@ -63,15 +63,27 @@ def load(architecture: str, /, source: str, *, classes: int | None = None, **bui
         ValueError: no such weights (those that exist are listed), or a download of another digest.
         ConnectionError: see `nfzoo.fetch.fetch`.
     """
+    registry.resolve(architecture, build_options)  # a mistake is said before the download
     key, address, digest = find(architecture, source, build_options.get("dialect"))
     ending = address.rpartition(".")[-1]
     path = fetch(address, weights.home() / "downloads" / source / f"{key}.{ending}", digest)
     model_name = build_options.pop("name", None)
-    model = driver.load(architecture, _CONVERTER[source], path, model_name, **build_options)
+    try:
+        model = driver.load(architecture, _CONVERTER[source], path, model_name, **build_options)
+    except ValueError as error:
+        if "damaged" in str(error):  # a page of a proxy, say, where the server states no digest
+            path.unlink()
+            raise ValueError(f"{error} It has been removed; the same call downloads it anew.") from None
+        raise
     whole = build_options.get("include_top", True) and not build_options.get("features_only")
     if whole and classes not in (None, model.output_shape[-1]):
         return registry.set_head(model, classes, build_options.get("classifier_activation"))
     return model
+
+
+def source_of(tagged: str) -> str | None:
+    """Who publishes "architecture.tag", if anyone."""
+    return "timm" if tagged in _TAGS else None
 
 
 def find(name: str, source: str, dialect: str | None = None) -> tuple[str, str, str | None]:

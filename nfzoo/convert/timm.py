@@ -24,11 +24,11 @@ _LEAVES = {
 
 def rule(name, spec) -> Rule:
     """Return the function from our variable paths to timm's names."""
-    if name.family == "efficientnet":
+    if name.family == "efficientnet" and name.variant == "bn":
         return _by_layer(_efficientnet(spec))
     if name.variant == "nf":
         return _by_layer(_normalizer_free(name.family, spec), scalars={"out/gain": "skipinit_gain"})
-    if name.family == "resnet" and name.variant in ("bn", "gn", "none", "sn"):
+    if name.family == "resnet" and name.variant in ("bn", "gn"):
         return _by_layer(_preactivation(spec) if spec.preactivation else _resnet(spec))
     raise ValueError(f"Expected an architecture that timm has. Received: {name}")
 
@@ -164,7 +164,10 @@ def read(weights: Any, name=None) -> dict[str, np.ndarray]:
         raise ValueError(f"Expected a mapping of names to tensors. Received: a {type(weights).__name__}")
     inner = next((key for key in _WRAPPERS if isinstance(weights.get(key), Mapping)), None)
     weights = weights if inner is None else weights[inner]
-    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): _array(value) for key, value in weights.items()}
+    # Prefixes of DataParallel, torch.compile and Lightning.
+    tensors = {re.sub(r"^((module|_orig_mod|model)\.)+", "", str(key)): _array(v) for key, v in weights.items()}
+    if len(tensors) < len(weights):
+        raise ValueError("Expected every tensor once. Received: some twice, with and without a prefix such as module.")
     unknown = sorted(key for key, value in tensors.items() if value is None)
     if unknown:
         raise ValueError(f"Expected tensors only. Received other values under {unknown[:4]}")
@@ -174,7 +177,7 @@ def read(weights: Any, name=None) -> dict[str, np.ndarray]:
 def _read_file(path: Path) -> Mapping:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    if path.suffix in (".pth", ".pt", ".bin", ".tar"):
+    if path.suffix in (".pth", ".pt", ".bin", ".tar", ".ckpt"):
         return torch_file.read(path)
     raise ValueError(f"Expected timm's weights as .safetensors, .pth, .pt or .bin. Received: {path}")
 

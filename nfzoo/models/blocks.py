@@ -24,8 +24,9 @@ class ResidualSpec:
         padding: "same" (TensorFlow) or "symmetric" (PyTorch).
         stem: "imagenet", or "small" with stride 1 for 32x32 images.
         preactivation: normalization and activation before each convolution, and nothing after the sum.
-        order: "norm-act" or "act-norm": which comes first.
-        shortcut: "project" (1x1 convolution) or "zero_pad" (subsample, append zero channels).
+        order: "bn-relu-conv" or "relu-bn-conv".
+        shortcut: "project" (1x1 convolution), "zero_pad" (subsample, append zero channels), or
+            "zero_pad_norm" (subsample, normalize, append, as the code beside Fixup's does).
         downsample: how a projection halves the map: "stride" or "avg_pool" (2x2, then stride 1).
         attention: None, "se" or "eca"; se_ratio: hidden units of squeeze-excite over its channels.
     """
@@ -43,7 +44,7 @@ class ResidualSpec:
     classes: int = 1000
     head_scheme: str = "small"
     preactivation: bool = True
-    order: str = "norm-act"
+    order: str = "bn-relu-conv"
     shortcut: str = "project"
     downsample: str = "stride"
     attention: str | None = None
@@ -51,7 +52,8 @@ class ResidualSpec:
 
     def __post_init__(self):
         choices = {
-            "stem": ("imagenet", "small"), "order": ("norm-act", "act-norm"), "shortcut": ("project", "zero_pad"),
+            "stem": ("imagenet", "small"), "order": ("bn-relu-conv", "relu-bn-conv"),
+            "shortcut": ("project", "zero_pad", "zero_pad_norm"),
             "downsample": ("stride", "avg_pool"), "attention": (None, "se", "eca"),
         }  # fmt: skip
         for field, allowed in choices.items():
@@ -119,7 +121,7 @@ def _attend(x, block: Block, site: Site, spec: ResidualSpec, variant):
 
 def norm_act(x, site: Site, spec: ResidualSpec, variant):
     """Normalize and activate, in the order of the spec."""
-    if spec.order == "norm-act":
+    if spec.order == "bn-relu-conv":
         return variant.act(variant.norm(x, site), site)
     return variant.norm(variant.act(x, site), site)
 
@@ -129,8 +131,10 @@ def _shortcut(x, entered, block: Block, site: Site, spec: ResidualSpec, variant)
     at, stride = Site(f"{site.prefix}_shortcut", role="shortcut", block=site.block, blocks=site.blocks), block.stride
     if not block.project:
         return variant.subsample(variant.identity(x, entered), stride, at)
-    if spec.shortcut == "zero_pad":
-        return variant.pad_channels(variant.subsample(entered, stride, at), block.outputs, at)
+    if spec.shortcut.startswith("zero_pad"):
+        x = variant.subsample(entered, stride, at)
+        x = variant.norm(x, at) if spec.shortcut == "zero_pad_norm" else x
+        return variant.pad_channels(x, block.outputs, at)
     if stride > 1 and spec.downsample == "avg_pool":
         entered, stride = variant.average(entered, stride, at), 1
     x = variant.conv(entered, block.outputs, 1, at, strides=stride, padding=spec.padding)

@@ -40,6 +40,14 @@ class Spec(ResidualSpec):
     downsample_at: str = "first"
     pool_zeros: bool = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stride_at not in (1, 2) or self.downsample_at not in ("first", "last"):
+            raise ValueError(
+                'Expected stride_at 1 or 2, and downsample_at "first" or "last". '
+                f"Received: stride_at={self.stride_at!r}, downsample_at={self.downsample_at!r}"
+            )
+
     @property
     def stem_stride(self) -> int:
         return 4 if self.stem == "imagenet" else 1
