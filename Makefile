@@ -14,7 +14,7 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
