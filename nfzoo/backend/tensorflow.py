@@ -114,16 +114,15 @@ def conv(x, kernel, strides, padding: str, dilation_rate=1):
     return tf.nn.conv2d(x, kernel, strides, padding.upper(), dilations=dilation_rate)
 
 
-def standardize_columns(matrix, epsilon: float):
-    """(matrix - mean) / sqrt(variance + epsilon) of every column.
+def standardize_columns(matrix, scale, epsilon: float):
+    """scale * (matrix - mean) / sqrt(variance + epsilon) of every column.
 
     Weight standardization is a batch normalization of the kernel: the fused operation passes over memory half as often.
     """
     if matrix.dtype != tf.float32:
         mean, variance = tf.nn.moments(matrix, 0)
-        return (matrix - mean) * tf.math.rsqrt(variance + epsilon)
+        return (matrix - mean) * (scale * tf.math.rsqrt(variance + epsilon))
     rows, columns = matrix.shape
-    one, zero = tf.ones(columns), tf.zeros(columns)
-    image = tf.reshape(matrix, (1, rows, 1, columns))
-    normal, _, _ = tf.compat.v1.nn.fused_batch_norm(image, one, zero, epsilon=epsilon, is_training=True)
+    image, zero = tf.reshape(matrix, (1, rows, 1, columns)), tf.zeros(columns)
+    normal, _, _ = tf.compat.v1.nn.fused_batch_norm(image, scale, zero, epsilon=epsilon, is_training=True)
     return tf.reshape(normal, (rows, columns))

@@ -34,9 +34,10 @@ def standardize(kernel: Any, axes: Sequence[int], gain: Any = None, epsilon: flo
     """
     fan_in = math.prod(kernel.shape[axis] for axis in axes)
     if mode == "add" and tuple(axes) == tuple(range(len(axes))):  # each unit is a column of a matrix
-        columns = backend.standardize_columns(ops.reshape(kernel, (fan_in, -1)), epsilon)
-        effective = ops.reshape(columns, kernel.shape) * fan_in**-0.5
-        return effective if gain is None else effective * gain
+        units = [1 if axis in axes else size for axis, size in enumerate(kernel.shape)]
+        scale = ops.broadcast_to((1.0 if gain is None else gain) * ops.full((), fan_in**-0.5, kernel.dtype), units)
+        columns = backend.standardize_columns(ops.reshape(kernel, (fan_in, -1)), ops.reshape(scale, (-1,)), epsilon)
+        return ops.reshape(columns, kernel.shape)
     mean = ops.mean(kernel, axis=axes, keepdims=True)
     centred = kernel - mean
     variance = ops.mean(ops.square(centred), axis=axes, keepdims=True)
