@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import pathlib
+import zipfile
 
 import keras
 import numpy as np
@@ -205,3 +208,26 @@ print(json.dumps(engine.run({MODEL!r}, recipe, sys.argv[1], overrides={overrides
 """
     metrics = fresh_process(code, tmp_path / "run", KERAS_BACKEND="jax")
     assert metrics["status"] == "complete" and metrics["epochs"] == EPOCHS
+
+
+@pytest.mark.slow
+def test_on_real_photos_by_class(tmp_path, console):
+    """The recipe on Imagenette, 60 + 20 photos a class: better than chance, and the body rests, then moves."""
+    shared = pathlib.Path(os.environ.get("NFZOO_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
+    path = shared / "data" / "imagenette128.zip"
+    if not path.exists():
+        pytest.skip(f"no photos: {path} is not there (NFZOO_SHARED names another folder)")
+    with zipfile.ZipFile(path) as file:
+        by_class = {}
+        for name in sorted(n for n in file.namelist() if n.endswith(".jpg")):
+            by_class.setdefault(name.rsplit("/", 1)[0], []).append(name)
+        for folder, names in by_class.items():
+            file.extractall(tmp_path / "photos", names[: 60 if folder.startswith("train") else 20])
+    body = weights.save(nfzoo.build("nf_test_resnet", classes=3), tmp_path / "body.safetensors")
+    changes = {
+        "data.name": str(tmp_path / "photos"), "data.image_size": 32, "augment.crop_padding": 4, "epochs": 8,
+        "frozen_epochs": 1, "optimizer.learning_rate": 3e-3, "frozen_learning_rate": 1e-2,
+    }  # fmt: skip
+    recipe = recipes.override(recipes.get("finetune"), changes)
+    metrics = engine.run("nf_test_resnet", recipe, tmp_path / "run", overrides={"weights": str(body)}, console=console)
+    assert metrics["status"] == "complete" and metrics["test_accuracy"] > 0.15  # chance: 0.1
