@@ -244,7 +244,7 @@ def set_head(model: Any, classes: int, activation: str | None = None) -> Any:
         raise ValueError(f"Expected classes >= 1. Received: classes={classes}")
     head = next((layer for layer in model.layers if layer.name == "head"), None)
     if head is None:
-        raise ValueError(f'Expected a model with a layer "head". Received: {model.name}, built without its classifier')
+        raise ValueError(f'Expected a model with a layer "head". Received: {model.name}, which has none')
     changes = {"units": classes, "activation": activation, "trainable": True}
     new = layers.Dense.from_config({**head.get_config(), **changes})
     return NFModel(model.input, new(head.input), name=model.name)

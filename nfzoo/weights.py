@@ -85,6 +85,8 @@ def load(model: keras.Model, weights: str | pathlib.Path, name: str | None = Non
                 f" Build with classes={classes}, as the file, or with include_top=False for all but the classifier; "
                 "nfzoo train --recipe finetune trains a new one."
             )
+        elif not targets.keys() & source.keys():
+            remedy = " Weights of timm, DeepMind's nfnets or keras.applications are read by nfzoo.convert.load."
         raise ValueError(f"Expected the weights of {model.name}. Received: {path} {listed}.{remedy}")
     for key, variable in targets.items():
         variable.assign(source[key])

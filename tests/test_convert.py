@@ -260,3 +260,30 @@ def test_a_tensor_with_and_without_a_prefix_is_refused():
     tensors["module.head.fc.bias"] = tensors["head.fc.bias"]
     with pytest.raises(ValueError, match="twice"):
         nfzoo.convert.load("test_nfnet", "timm", tensors)
+
+
+@pytest.mark.parametrize("source", ["timm", "deepmind", "keras"])
+def test_a_file_that_is_not_there(source, tmp_path):
+    name = {"timm": "test_nfnet", "deepmind": "nfnet_f0", "keras": "EfficientNetB0"}[source]
+    with pytest.raises(FileNotFoundError, match=f"weights of {source}.*nothing.npz"):
+        nfzoo.convert.load(name, source, tmp_path / "nothing.npz")
+
+
+def test_weights_of_another_implementation_name_the_converter(tmp_path):
+    model = nfzoo.build("test_nfnet", dialect="timm", input_shape=(64, 64, 3), classes=3)
+    path = nfzoo.convert.save(model, tmp_path / "timm.safetensors")
+    with pytest.raises(ValueError, match="nfzoo.convert.load"):
+        nfzoo.build("test_nfnet", weights=path, input_shape=(64, 64, 3), classes=3)
+
+
+def test_a_tag_in_a_name_is_a_published_one_or_one_of_the_manifest(monkeypatch):
+    from nfzoo.convert import published
+
+    asked = []
+    monkeypatch.setattr(published, "load", lambda *args, **kwargs: asked.append(args))
+    nfzoo.build("nf_resnet50.ra2_in1k", classes=10)
+    assert asked == [("nf_resnet50", "timm")]
+    with pytest.raises(FileNotFoundError, match="my_run"):
+        nfzoo.build("nf_test_nfnet.my_run")
+    with pytest.raises(ValueError, match="a tag in the name, or weights"):
+        nfzoo.build("nf_test_nfnet.my_run", weights="other")

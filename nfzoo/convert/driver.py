@@ -45,6 +45,8 @@ def load(name: str, source: str, weights: Any, model_name: str | None = None, **
     module, parsed = _source(source), names.parse(name)
     options = _with_dialect(parsed, module, build_options)
     rename = _rule(module, parsed, options)
+    if isinstance(weights, str | pathlib.Path) and not pathlib.Path(weights).exists():
+        raise FileNotFoundError(f"Expected weights of {source}. Received: {weights}, which does not exist")
     tensors = _wanted(module.read(weights, parsed), module)
     # The classifier's bias tells the number of classes; without one the file is a backbone.
     head = tensors.get(rename("head/bias"))
