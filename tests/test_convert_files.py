@@ -182,6 +182,7 @@ def test_damaged_and_missing_files(name, tmp_path):
     (tmp_path / name).write_bytes(b"damaged bytes" * 9)
     with pytest.raises(ValueError, match=name):
         nfzoo.convert.load(architecture, source, tmp_path / name)
+    (tmp_path / "model.txt").write_text("no weights")
     with pytest.raises(ValueError, match=r"\.safetensors, \.pth, \.pt or \.bin.*model\.txt"):
         nfzoo.convert.load("test_nfnet", "timm", tmp_path / "model.txt")
 

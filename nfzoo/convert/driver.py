@@ -131,7 +131,8 @@ def _check_reading(model: keras.Model, name: str, target: str, options: dict) ->
         return {layer: {key: c[key] for key in _READING if key in c} for layer, c in config.items()}
 
     with keras.StatelessScope():  # shapes and settings only: no weight is drawn
-        expected = registry.build(name, input_shape=model.input_shape[1:], dropout_rate=0.0, **options)
+        settings = {**registry.overrides_of(options), "input_shape": model.input_shape[1:], "dropout_rate": 0.0}
+        expected = registry.build(name, **settings)
     ours, theirs = reading(model), reading(expected)
     layers = [layer for layer in ours if "drop" not in layer and ours[layer] != theirs.get(layer)]
     if layers:
