@@ -79,7 +79,9 @@ def test_live_gradients_of_half_precision_are_unscaled(images):
 
     full, half = rows("float32"), rows("mixed_float16")
     for kind in ("gradient", "weight_gradient"):
-        np.testing.assert_allclose(half.second_moment[kind], full.second_moment[kind].loc[half.loc[kind].index], rtol=0.1)
+        np.testing.assert_allclose(
+            half.second_moment[kind], full.second_moment[kind].loc[half.loc[kind].index], rtol=0.1
+        )
 
 
 def test_steps_that_the_loss_scale_discards_do_not_count():

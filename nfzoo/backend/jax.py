@@ -81,6 +81,7 @@ def sync(model: keras.Model) -> None:
     """Write the state that `fit` carries between steps back into the model's variables."""
     model.jax_state_sync()
 
+
 def scope(model: keras.Model):
     """Where variables beside those of a model are made: anywhere."""
     return contextlib.nullcontext()

@@ -77,6 +77,7 @@ def _all_reduce(gradients: list) -> list:
 def sync(model: keras.Model) -> None:
     """Variables are always up to date here."""
 
+
 def scope(model: keras.Model):
     """Where variables beside those of a model are made: its distribution strategy's."""
     return model.distribute_strategy.scope()
