@@ -109,6 +109,7 @@ def run(
     *,
     overrides: dict[str, Any] | None = None,
     taps: str | None = "blocks",
+    signals: dict[str, Any] | None = None,
     keep_model: bool = True,
     console: Console | None = None,
 ) -> dict:
@@ -120,6 +121,7 @@ def run(
         out: folder of the run.
         overrides: keyword arguments of `nfzoo.build`, on top of the recipe's.
         taps: signal propagation at initialisation and after every epoch: "blocks", "layers", a pattern; None for none.
+        signals: other options of `nfzoo.SignalPropagation`, e.g. {"source": "live", "statistics": "all"}.
         keep_model: keep the trained model as model.keras; scans do not.
         console: where progress goes.
 
@@ -155,7 +157,8 @@ def run(
         ]
         if taps:
             x, y = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, images.mean, images.std)[0]
-            steps.append(spp.SignalPropagation(x, y, taps=taps, log_dir=out))
+            tell = lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)  # noqa: E731
+            steps.append(spp.SignalPropagation(x, y, taps=taps, log_dir=out, tell=tell, **(signals or {})))
         steps.append(callbacks.Checkpoints(out / "checkpoints", history, guard))
         began = time.perf_counter()
         try:

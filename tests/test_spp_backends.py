@@ -51,7 +51,8 @@ def rows(strategy, source):
 
 worst = {}
 for source in ("probe", "live"):
-    one, two = rows(tf.distribute.get_strategy(), source), rows(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), source)
+    one = rows(tf.distribute.get_strategy(), source)
+    two = rows(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), source)
     assert one.keys() == two.keys()
     worst[source] = max(float(np.nanmax(abs(one[k] - two[k]) / (abs(one[k]) + 1e-12))) for k in one)
 print(json.dumps(worst))
@@ -98,7 +99,7 @@ def test_steps_that_the_loss_scale_discards_do_not_count():
     assert int(optimizer.inner_optimizer.iterations) < 16  # some were discarded
     rows = live.table().set_index("kind")
     assert np.isfinite(rows.second_moment["gradient"]) and rows.to_weight["weight_gradient"] < 100
-    assert rows.first_bad["weight_gradient"] == 1
+    assert (rows.first_bad == -1).all()  # what the loss scale is there to meet is no accident
 
 
 def test_live_with_several_steps_at_once(images):

@@ -72,7 +72,8 @@ def test_live_means_over_the_epoch_equal_numpy():
 def weights_after(name, images, callbacks, **options):
     keras.utils.set_random_seed(1)
     model = nfzoo.build(name, dropout_rate=0.5)
-    fit(model, *images, optimizer=keras.optimizers.Adam(1e-2), callbacks=callbacks, epochs=2, **options)
+    # Not Adam: it would divide gradients that are zero but for rounding by their own size.
+    fit(model, *images, optimizer=keras.optimizers.SGD(0.1, momentum=0.9), callbacks=callbacks, epochs=2, **options)
     return [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables + model.optimizer.variables]
 
 
@@ -84,28 +85,26 @@ def test_training_is_the_same_with_eyes_on_it(name, images):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+def live_table(images, every="epoch", **options):
+    keras.utils.set_random_seed(1)
+    live = nfzoo.SignalPropagation(source="live", every=every)
+    return fit(nfzoo.build("nf_test_resnet"), *images, callbacks=[live], **options)
+
+
 def test_validation_in_between_does_not_count(images):
-    x, y = images
-    other = 100 + x
-    tables = [
-        fit(nfzoo.build("nf_test_resnet"), x, y, epochs=2, callbacks=[nfzoo.SignalPropagation(source="live")], **options)
-        for options in ({}, {"validation_data": (other, y)})
-    ]  # fmt: skip
-    assert tables[0].step.unique().tolist() == [2, 4]
-    np.testing.assert_allclose(tables[1].acv, tables[0].acv, rtol=1e-4)
+    plain = live_table(images, epochs=2)
+    validated = live_table(images, epochs=2, validation_data=(100 + images[0], images[1]))
+    assert plain.step.unique().tolist() == [2, 4]
+    np.testing.assert_allclose(validated.acv, plain.acv, rtol=1e-3)
 
 
 def test_live_records_by_step_share_no_batches(images):
     """Records every step and one over all: the mean of the ones is the other."""
-    each, whole = (
-        fit(nfzoo.build("nf_test_resnet"), *images, batch_size=2,
-            callbacks=[nfzoo.SignalPropagation(source="live", every=every)])
-        for every in (1, "epoch")
-    )  # fmt: skip
+    each, whole = (live_table(images, every, batch_size=2) for every in (1, "epoch"))
     assert each.step.unique().tolist() == [1, 2, 3, 4] and whole.step.unique().tolist() == [4]
     for column in ("acv", "to_weight"):
         mean = each.groupby(KEY)[column].mean()
-        np.testing.assert_allclose(whole.set_index(KEY)[column].loc[mean.index], mean, rtol=1e-4)
+        np.testing.assert_allclose(whole.set_index(KEY)[column].loc[mean.index], mean, rtol=1e-3)
 
 
 class Interrupt(keras.callbacks.Callback):

@@ -3,11 +3,13 @@
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 import pandas as pd
 
+from nfzoo.alarms import Alarm, alarms
 from nfzoo.backend import sync
 from nfzoo.spp.live import LiveSignals, attach, detach, live_signals
 from nfzoo.spp.log import SignalLog, write_meta
@@ -43,6 +45,8 @@ class SignalPropagation(keras.callbacks.Callback):
         statistics: "default", "all", or names of `nfzoo.spp.STATS`.
         log_dir: folder for spp.jsonl; None keeps the records in memory.
         tensorboard: folder for TensorBoard's scalars and histograms.
+        report: HTML file to write when `fit` ends, see `nfzoo.report.write`.
+        tell: what is called with the sentence of each alarm (see `nfzoo.alarms`) when it is first given; None for none.
         loss: default: the model's.
         definition: "channel" (Brock et al.) or "poster", see `nfzoo.spp.stats`.
 
@@ -62,7 +66,8 @@ class SignalPropagation(keras.callbacks.Callback):
 
     def __init__(
         self, x=None, y=None, source: str = "probe", every: str | int | Callable[[int], bool] = "epoch", taps="blocks",
-        what=DEFAULT_WHAT, log_dir=None, tensorboard=None, loss=None, definition="channel", statistics="default",
+        what=DEFAULT_WHAT, log_dir=None, tensorboard=None, report=None, tell: Callable[[str], Any] | None = print,
+        loss=None, definition="channel", statistics="default",
     ):  # fmt: skip
         super().__init__()
         if not (every == "epoch" or callable(every) or (isinstance(every, int) and every > 0)):
@@ -78,7 +83,10 @@ class SignalPropagation(keras.callbacks.Callback):
         self.loss = loss
         self.log = None if log_dir is None else SignalLog(pathlib.Path(log_dir) / "spp.jsonl")
         self.board = None if tensorboard is None else _board(tensorboard)
+        self.report, self.tell = report, tell
         self.records: list[dict] = []  # those that no log keeps
+        self.alarms: list[Alarm] = []
+        self._compared: list[list[dict]] = []  # the first records and the last ones
         self.probe: Probe | None = None
         self.live: LiveSignals | None = None
         self._measured: int | None = None
@@ -104,6 +112,17 @@ class SignalPropagation(keras.callbacks.Callback):
             self.log.append(records)
         if self.board is not None:
             self.board.add(records, edges())
+        self._judge(records)
+
+    def _judge(self, records: list[dict]) -> None:
+        """Say what is wrong now and was not before. Alarms compare with the start and with the step before."""
+        self._compared = [*self._compared[:1], *self._compared[1:][-1:], records]
+        known = {alarm.kind for alarm in self.alarms}
+        new = [a for a in alarms(pd.DataFrame(sum(self._compared, []))) if a.kind not in known]
+        self.alarms += new
+        for alarm in new:
+            if self.tell is not None:
+                self.tell(alarm.sentence)
 
     def _probed(self, columns: dict) -> list[dict]:
         if self.probe is None:
@@ -135,7 +154,7 @@ class SignalPropagation(keras.callbacks.Callback):
             loss = None if self.y is None else loss_of(self.model, self.loss)
             self.probe = Probe(self.model, loss=loss, **self.options)
         self.step = self.start = self.start_step = self.steps_before + int(self.model.optimizer.iterations)
-        self._measured = None
+        self._measured, self._compared, self.alarms = None, [], []
         if self.log is not None:
             self.log.rewind(self.step or -1)  # a start from nothing measures step 0 anew
             described = self.live or self.probe
@@ -148,6 +167,10 @@ class SignalPropagation(keras.callbacks.Callback):
         self.live = None
         if self.board is not None:
             self.board.flush()
+        if self.report is not None:
+            from nfzoo import report  # plotly's half a second
+
+            report.write({self.model.name: self.table() if self.log is None else self.log.path.parent}, self.report)
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
         self.epoch, self.start = epoch, self.step

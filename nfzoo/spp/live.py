@@ -56,7 +56,7 @@ class LiveSignals(keras.metrics.Metric):
         counts = self._taken(present, finite)
         self.steps.assign_add(1.0)
         first = ops.convert_to_tensor(self.first_bad)
-        bad = ops.logical_and(ops.logical_not(finite), first < 0)
+        bad = ops.logical_and(ops.logical_and(ops.logical_not(finite), counts > 0), first < 0)
         self.first_bad.assign(ops.where(bad, ops.convert_to_tensor(self.steps), first))
         self.total.assign_add(ops.where(counts > 0, values, 0.0))
         self.count.assign_add(counts)
