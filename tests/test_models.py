@@ -64,11 +64,11 @@ def test_output_is_finite_and_every_variable_has_a_gradient(tiny):
 @pytest.mark.parametrize("name", TINY)
 def test_loss_falls_on_one_batch(name):
     model = _build(name, dropout_rate=0.0)
-    # Eagerly: building the graph of a step takes longer than the steps.
-    model.compile(keras.optimizers.Adam(1e-2), crossentropy(), run_eagerly=True)
+    # Eagerly: building the graph of a step takes longer than its 25 runs.
+    model.compile(keras.optimizers.Adam(3e-3), crossentropy(), run_eagerly=True)
     x, y = _noise(model), np.arange(8) % 10
-    losses = model.fit(x, y, epochs=16, batch_size=8, verbose=0).history["loss"]
-    assert losses[-1] < 0.9 * losses[0]
+    losses = model.fit(x, y, epochs=25, batch_size=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @tiny_models
