@@ -6,7 +6,7 @@ Brock et al. 2021b (arXiv 2102.06171), appendix C; two grouped 3x3 convolutions 
 from dataclasses import dataclass
 
 from nfzoo import numerics
-from nfzoo.models.blocks import Block, Conv, ResidualSpec, chain, norm_act
+from nfzoo.models.blocks import DEEPMIND, Block, Conv, ResidualSpec, chain, norm_act, widen
 from nfzoo.models.sites import Site
 
 ADMITS = ("none", "bn", "gn", "sn", "nf")
@@ -39,10 +39,6 @@ class Spec(ResidualSpec):
     stem_channels: int | None = None
 
     @property
-    def stem_stride(self) -> int:
-        return 4 if self.stem == "imagenet" else 1
-
-    @property
     def stem_out(self) -> int:
         return self.stem_channels or self.widths[0] // 2
 
@@ -68,7 +64,7 @@ def conventions(spec: Spec, variant: str) -> dict:
     if spec.dialect == "timm":
         return {}
     tanh = {"activation": "gelu_tanh"} if variant != "sn" and spec.activation == "gelu" else {}
-    return {"padding": "same", "drop_path_rule": "deepmind", **tanh}
+    return {**DEEPMIND, **tanh}
 
 
 def body(spec: Spec, variant, x):
@@ -80,9 +76,7 @@ def body(spec: Spec, variant, x):
         if number < len(strides):
             x = norm_act(x, site, spec, variant)
     x, pyramid = chain(spec.stages(), spec, variant, variant.tap(x, "stem_out"))
-    top = Site("top", role="top")
-    x = variant.conv(x, int(spec.top * spec.widths[-1]), 1, top, padding=spec.padding)
-    return norm_act(x, top, spec, variant), pyramid
+    return widen(x, int(spec.top * spec.widths[-1]), spec, variant), pyramid
 
 
 def _rows() -> dict[str, Spec]:

@@ -8,7 +8,7 @@ He et al. 2015 (arXiv 1512.03385), He et al. 2016 (pre-activation, arXiv 1603.05
 from dataclasses import dataclass
 
 from nfzoo import numerics
-from nfzoo.models.blocks import Block, Conv, ResidualSpec, chain, norm_act
+from nfzoo.models.blocks import DEEPMIND, Block, Conv, ResidualSpec, chain, norm_act
 from nfzoo.models.sites import Site
 
 ADMITS = ("none", "bn", "gn", "sn", "nf", "fixup", "skipinit", "rescale", "eun")
@@ -47,10 +47,6 @@ class Spec(ResidualSpec):
                 'Expected stride_at 1 or 2, and downsample_at "first" or "last". '
                 f"Received: stride_at={self.stride_at!r}, downsample_at={self.downsample_at!r}"
             )
-
-    @property
-    def stem_stride(self) -> int:
-        return 4 if self.stem == "imagenet" else 1
 
     def stages(self) -> list[list[Block]]:
         result, inputs = [], self.widths[0]
@@ -92,7 +88,7 @@ def conventions(spec: Spec, variant: str) -> dict:
     if variant in ("rescale", "eun") or (variant == "nf" and dialect == "timm"):
         fields["downsample"] = "avg_pool"
     if dialect == "deepmind":
-        fields |= {"padding": "same", "drop_path_rule": "deepmind"}
+        fields |= DEEPMIND
     if dialect == "keras":
         fields |= {"drop_path_rule": "keras"}
         if variant == "bn":
