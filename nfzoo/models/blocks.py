@@ -22,7 +22,7 @@ class ResidualSpec(abc.ABC):
 
     Attributes:
         imagenet_stride: of the whole stem, unless it is small.
-        depths: blocks per stage.
+        depths: blocks per stage. widths: channels of each stage, as the family counts them.
         dialect: whose reading of the architecture, where sources disagree: "deepmind", "timm" or "keras"; None for
             that of the variant's own paper.
         size, test_size: input height and width while training and for evaluation, pixels.
@@ -39,6 +39,7 @@ class ResidualSpec(abc.ABC):
 
     imagenet_stride: ClassVar[int] = 4
     depths: tuple[int, ...]
+    widths: tuple[int, ...]
     dialect: str | None = None
     size: int = 224
     test_size: int | None = None
@@ -80,9 +81,24 @@ class ResidualSpec(abc.ABC):
         """Smallest height and width whose every stride still has a pixel to halve."""
         return self.stem_stride * math.prod(block.stride for stage in self.stages() for block in stage)
 
+    @property
     @abc.abstractmethod
+    def stem_out(self) -> int:
+        """Channels that the stem gives to the first block."""
+
+    @abc.abstractmethod
+    def block(self, stage: int, at: int, inputs: int) -> "Block":
+        """Resolve block `at` of a stage, both counted from 0, for its number of input channels."""
+
     def stages(self) -> "list[list[Block]]":
         """Resolve the blocks of every stage."""
+        result, inputs = [], self.stem_out
+        for stage, (_, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
+            result.append([])
+            for at in range(depth):
+                result[-1].append(self.block(stage, at, inputs))
+                inputs = result[-1][-1].outputs
+        return result
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ class Spec(ResidualSpec):
     """One row; see `ResidualSpec` for the common fields.
 
     Attributes:
-        widths: channels of each stage.
         bottleneck: channels of the inner convolutions over the stage's, rounded down to whole groups.
         group_width: channels per group of the 3x3 convolutions.
         top: channels of the last convolution over those of the last stage.
@@ -42,21 +41,13 @@ class Spec(ResidualSpec):
     def stem_out(self) -> int:
         return self.stem_channels or self.widths[0] // 2
 
-    def stages(self) -> list[list[Block]]:
-        result, inputs = [], self.stem_out
-        for number, (outputs, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
-            blocks = []
-            for at in range(depth):
-                stride = 2 if at == 0 and number > 0 else 1
-                project = stride > 1 or inputs != outputs
-                groups = int(outputs * self.bottleneck) // self.group_width
-                inner = groups * self.group_width
-                convs = (Conv(inner), Conv(inner, 3, stride, groups), Conv(inner, 3, 1, groups), Conv(outputs))
-                hidden = numerics.round_channels(outputs * self.se_ratio, limit=0.0)
-                blocks.append(Block(convs, project, hidden))
-                inputs = outputs
-            result.append(blocks)
-        return result
+    def block(self, stage: int, at: int, inputs: int) -> Block:
+        outputs, stride = self.widths[stage], 2 if at == 0 and stage > 0 else 1
+        groups = int(outputs * self.bottleneck) // self.group_width
+        inner = groups * self.group_width
+        convs = (Conv(inner), Conv(inner, 3, stride, groups), Conv(inner, 3, 1, groups), Conv(outputs))
+        hidden = numerics.round_channels(outputs * self.se_ratio, limit=0.0)
+        return Block(convs, project=stride > 1 or inputs != outputs, hidden=hidden)
 
 
 def conventions(spec: Spec, variant: str) -> dict:

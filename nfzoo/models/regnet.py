@@ -46,21 +46,18 @@ class Spec(ResidualSpec):
             return self.round(self.width * (1280 * self.widths[-1] // 440))
         return 1280 * self.round(self.width * self.widths[-1]) // 440
 
-    def stages(self) -> list[list[Block]]:
-        result, inputs = [], self.round(self.width * self.widths[0])
-        for number, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
-            outputs, blocks = self.round(self.width * width), []
-            for at in range(depth):
-                stride = 2 if at == 0 else 1
-                expansion = 1.0 if number == at == 0 else self.expansion
-                groups = self.round(inputs * expansion) // self.group_width
-                inner = groups * self.group_width
-                convs = (Conv(inner), Conv(inner, 3, stride, groups), Conv(outputs))
-                hidden = self.round(inner * self.se_ratio, limit=0.0)
-                blocks.append(Block(convs, stride > 1 or inputs != outputs, hidden, attend_after=2))
-                inputs = outputs
-            result.append(blocks)
-        return result
+    @property
+    def stem_out(self) -> int:
+        return self.round(self.width * self.widths[0])
+
+    def block(self, stage: int, at: int, inputs: int) -> Block:
+        outputs, stride = self.round(self.width * self.widths[stage]), 2 if at == 0 else 1
+        expansion = 1.0 if stage == at == 0 else self.expansion
+        groups = self.round(inputs * expansion) // self.group_width
+        inner = groups * self.group_width
+        convs = (Conv(inner), Conv(inner, 3, stride, groups), Conv(outputs))
+        hidden = self.round(inner * self.se_ratio, limit=0.0)
+        return Block(convs, project=stride > 1 or inputs != outputs, hidden=hidden, attend_after=2)
 
 
 def conventions(spec: Spec, variant: str) -> dict:
@@ -73,7 +70,7 @@ def conventions(spec: Spec, variant: str) -> dict:
 def body(spec: Spec, variant, x):
     """Build everything between the image and the pooling: the last map, and the last map of each stride."""
     stem = Site("stem", role="stem", index=1)
-    x = variant.conv(x, spec.round(spec.width * spec.widths[0]), 3, stem, spec.stem_stride, padding=spec.padding)
+    x = variant.conv(x, spec.stem_out, 3, stem, spec.stem_stride, padding=spec.padding)
     x, pyramid = chain(spec.stages(), spec, variant, variant.tap(x, "stem_out"))
     return widen(x, spec.top_channels, spec, variant), pyramid
 

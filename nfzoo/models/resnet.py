@@ -48,20 +48,17 @@ class Spec(ResidualSpec):
                 f"Received: stride_at={self.stride_at!r}, downsample_at={self.downsample_at!r}"
             )
 
-    def stages(self) -> list[list[Block]]:
-        result, inputs = [], self.widths[0]
-        for number, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
-            outputs = width * (4 if self.bottleneck else 1)
-            first = self.downsample_at == "first"
-            strides = [1] * depth
-            strides[0 if first else -1] = 2 if (number > 0 if first else number < len(self.depths) - 1) else 1
-            blocks = []
-            for stride in strides:
-                project = inputs != outputs or (stride > 1 and first)
-                blocks.append(Block(self._convs(width, outputs, stride), project, self._hidden(outputs)))
-                inputs = outputs
-            result.append(blocks)
-        return result
+    @property
+    def stem_out(self) -> int:
+        return self.widths[0]
+
+    def block(self, stage: int, at: int, inputs: int) -> Block:
+        width, first = self.widths[stage], self.downsample_at == "first"
+        outputs = width * (4 if self.bottleneck else 1)
+        last_block, last_stage = at == self.depths[stage] - 1, stage == len(self.depths) - 1
+        stride = 2 if (at == 0 and stage > 0 if first else last_block and not last_stage) else 1
+        project = inputs != outputs or (stride > 1 and first)
+        return Block(self._convs(width, outputs, stride), project, self._hidden(outputs))
 
     def _convs(self, width: int, outputs: int, stride: int) -> tuple[Conv, ...]:
         if not self.bottleneck:
