@@ -91,7 +91,7 @@ ALLOWED = {
     "convert/timm.py": {"convert", "convert.torch_file", "weights"},
     "convert/deepmind.py": {"convert", "convert.pickles"},
     "convert/keras_applications.py": {"weights"},
-    "convert/driver.py": {"convert", "files", "names", "registry"}
+    "convert/driver.py": {"convert", "files", "names", "registry", "weights"}
     | {f"convert.{n}" for n in ("deepmind", "keras_applications", "timm")},
     "convert/published.py": {"convert", "convert.driver", "fetch", "names", "registry", "weights"},
 }
