@@ -10,6 +10,7 @@ where it is set, else saved_models of a checkout, else .cache/nfzoo in the user'
 import json
 import os
 import pathlib
+from collections.abc import Callable, Mapping, Set
 
 import h5py
 import keras
@@ -69,27 +70,63 @@ def load(model: keras.Model, weights: str | pathlib.Path, name: str | None = Non
         _load_h5(model, path)
         return
     source = _read(path)
-    targets = {v.path: v for v in model.weights}
-    missing, unexpected = sorted(targets.keys() - source.keys()), sorted(source.keys() - targets.keys())
-    if not any(layer.name == "head" for layer in model.layers):
-        unexpected = [key for key in unexpected if not key.startswith(_TOP)]
-    differing = [k for k in sorted(targets.keys() & source.keys()) if source[k].shape != tuple(targets[k].shape)]
-    if missing or unexpected or differing:
-        shapes = [f"{key} {source[key].shape} for {tuple(targets[key].shape)}" for key in differing]
-        parts = {"without": missing, "with unknown": unexpected, "of other shapes": shapes}
-        listed = "; ".join(f"{word} {_shorten(keys)}" for word, keys in parts.items() if keys)
+    if not source.keys() & {v.path for v in model.weights}:
+        raise ValueError(
+            f"Expected the weights of {model.name}. Received: {path}, which has none of their names but "
+            f"{shorten(sorted(source))}. Weights of timm, DeepMind's nfnets or keras.applications are read by "
+            "nfzoo.convert.load."
+        )
+    whole = any(layer.name == "head" for layer in model.layers)
+    fill(model, source, path, spare=frozenset() if whole else {key for key in source if key.startswith(_TOP)})
+
+
+def fill(
+    model: keras.Model,
+    tensors: Mapping[str, np.ndarray],
+    origin: str | pathlib.Path,
+    rename: Callable[[str], str] = lambda path: path,
+    to_keras: Callable[[np.ndarray, tuple[int, ...]], np.ndarray] = lambda value, shape: value,
+    spare: Set[str] = frozenset(),
+) -> None:
+    """Assign every weight of a model from `tensors`, after all names and shapes have been found to fit.
+
+    Args:
+        origin: where the tensors are from, for the message.
+        rename: our variable path → the name among the tensors. to_keras: (value, our shape) → value in our layout.
+        spare: names of tensors that may be left.
+
+    Raises:
+        ValueError: what is left on either side, or has another shape, is listed; nothing is written then.
+    """
+    values, used, missing, differing = [], set(), [], {}
+    for variable in model.weights:
+        key, path, shape = rename(variable.path), variable.path, tuple(variable.shape)
+        used.add(key)
+        if key not in tensors:
+            missing.append(key if key == path else f"{key} (for {path})")
+            continue
+        values.append(to_keras(tensors[key], shape))
+        if values[-1].shape != shape:
+            differing[path] = f"{key} {tensors[key].shape} for {shape if key == path else f'{path} {shape}'}"
+    unused = sorted(tensors.keys() - used - spare)
+    if missing or unused or differing:
+        parts = {"without": missing, "with unknown": unused, "of other shapes": list(differing.values())}
+        listed = "; ".join(f"{word} {shorten(keys)}" for word, keys in parts.items() if keys)
         remedy = ""
-        if differing and all(key.startswith("head/") for key in differing):
-            classes = source[differing[0]].shape[-1]
+        if "head/bias" in differing and not missing and not unused and all(p.startswith("head/") for p in differing):
             remedy = (
-                f" Build with classes={classes}, as the file, or with include_top=False for all but the classifier; "
-                "nfzoo train --recipe finetune trains a new one."
+                f" Build with classes={tensors[rename('head/bias')].size}, as they have, or with include_top=False for "
+                "all but the classifier; nfzoo.set_head and nfzoo train --recipe finetune train a new one."
             )
-        elif not targets.keys() & source.keys():
-            remedy = " Weights of timm, DeepMind's nfnets or keras.applications are read by nfzoo.convert.load."
-        raise ValueError(f"Expected the weights of {model.name}. Received: {path} {listed}.{remedy}")
-    for key, variable in targets.items():
-        variable.assign(source[key])
+        raise ValueError(f"Expected the weights of {model.name}. Received: {origin} {listed}.{remedy}")
+    for variable, value in zip(model.weights, values, strict=True):
+        variable.assign(value)
+
+
+def shorten(keys: list[str]) -> str:
+    """List the first few of many."""
+    rest = len(keys) - _LISTED
+    return ", ".join(keys[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _load_h5(model: keras.Model, path: pathlib.Path) -> None:
@@ -110,11 +147,6 @@ def _load_h5(model: keras.Model, path: pathlib.Path) -> None:
             "paths of variables and fits the whole model only, with its classes; .safetensors and .keras load without "
             "the top too."
         ) from None
-
-
-def _shorten(keys: list[str]) -> str:
-    rest = len(keys) - _LISTED
-    return ", ".join(keys[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _find(weights: str | pathlib.Path, name: str | None) -> pathlib.Path:

@@ -91,7 +91,8 @@ def test_scan(call, tmp_path):
 def test_list_and_info(call):
     status, out, _ = call("list", "sn_*b0")
     assert status == 0 and "sn_efficientnet_b0" in out and "5,246,532" in out
-    assert [m["name"] for m in json.loads(call("list", "gn_eff*", "--json")[1])][:1] == ["gn_efficientnet_b0"]
+    filters = ("--variant", "gn", "--family", "efficientnet")
+    assert [m["name"] for m in json.loads(call("list", *filters, "--json")[1])][:1] == ["gn_efficientnet_b0"]
     assert json.loads(call("info", "bn_efficientnet_b0", "--json")[1])["batch_independent"] is False
     assert "No model matches" in call("list", "xyz*")[1]
 

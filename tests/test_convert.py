@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(tiny_timm):
         r"of other shapes stem\.conv2\.bias \(5,\) for stem_conv2/bias \(32,\)"
     )
     with pytest.raises(ValueError, match=expected):
-        driver.fill(model, wrong, rename, timm.to_keras)
+        nfzoo.weights.fill(model, wrong, "tensors", rename, timm.to_keras)
     assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
     with pytest.raises(ValueError, match=expected):
         nfzoo.convert.load("test_nfnet", "timm", wrong)

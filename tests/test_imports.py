@@ -95,7 +95,7 @@ ALLOWED = {
     "convert/timm.py": {"convert", "convert.torch_file", "weights"},
     "convert/deepmind.py": {"convert", "convert.pickles"},
     "convert/keras_applications.py": {"weights"},
-    "convert/driver.py": {"convert", "files", "names", "registry"}
+    "convert/driver.py": {"convert", "files", "names", "registry", "weights"}
     | {f"convert.{n}" for n in ("deepmind", "keras_applications", "timm")},
     "convert/published.py": {"convert", "convert.driver", "fetch", "names", "registry", "weights"},
 }
@@ -246,7 +246,7 @@ print(json.dumps([rows.to_dict("list"), logs, sums]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nf_test_efficientnet", "bn_test_resnet"])
+@pytest.mark.parametrize("name", ["nf_test_efficientnet", "bn_test_efficientnet", "nf_test_resnet"])
 def test_tensorflow_and_jax_agree_in_float64(name, fresh_process):
     """The same statistics, the same gradients at taps and weights, and the same clipped training steps."""
     rows, logs, sums = fresh_process(_MEASURE, name, KERAS_BACKEND="tensorflow")
@@ -259,5 +259,4 @@ def test_tensorflow_and_jax_agree_in_float64(name, fresh_process):
     assert logs2["agc_clipped"] == pytest.approx(logs["agc_clipped"], abs=1e-6)
     assert logs2["loss"] == pytest.approx(logs["loss"], rel=1e-6)
     for path, value in sums.items():
-        # The same rounding moves batch normalization: sums that nearly cancel keep an absolute difference.
-        assert sums2[path] == pytest.approx(value, rel=1e-4, abs=1e-5), path
+        assert sums2[path] == pytest.approx(value, rel=1e-5, abs=1e-8), path

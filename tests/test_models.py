@@ -64,11 +64,11 @@ def test_output_is_finite_and_every_variable_has_a_gradient(tiny):
 @pytest.mark.parametrize("name", TINY)
 def test_loss_falls_on_one_batch(name):
     model = _build(name, dropout_rate=0.0)
-    # Eagerly: building the graph of a step takes longer than the steps.
-    model.compile(keras.optimizers.Adam(1e-2), crossentropy(), run_eagerly=True)
+    # Eagerly: building the graph of a step takes longer than its 25 runs.
+    model.compile(keras.optimizers.Adam(3e-3), crossentropy(), run_eagerly=True)
     x, y = _noise(model), np.arange(8) % 10
-    losses = model.fit(x, y, epochs=16, batch_size=8, verbose=0).history["loss"]
-    assert losses[-1] < 0.9 * losses[0]
+    losses = model.fit(x, y, epochs=25, batch_size=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @tiny_models
@@ -130,8 +130,8 @@ def test_mixed_precision(name, policy, images):
     model = nfzoo.build(name)
     model.compile("sgd", crossentropy())
     assert np.isfinite(model.fit(*images, verbose=0).history["loss"][0])
-    half = policy.removeprefix("mixed_")
-    assert model.output.dtype == "float32" and model.get_layer("stem_conv1").compute_dtype == half
+    convs = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert model.output.dtype == "float32" and {c.compute_dtype for c in convs} == {policy.removeprefix("mixed_")}
 
 
 def test_frozen_models_have_nothing_to_train(images):

@@ -60,7 +60,9 @@ def test_fingerprint_names_what_matters():
     name = recipes.fingerprint(demo)
     for same in ({"seed": 5}, {"seeds": [1, 2]}, {"data.data_dir": "/somewhere"}):
         assert recipes.fingerprint(recipes.override(demo, same)) == name
-    for other in ({"epochs": 7}, {"optimizer.learning_rate": 0.01}, {"agc": None}, {"frozen_epochs": 8}):
+    for other in (
+        {"epochs": 7}, {"optimizer.learning_rate": 0.01}, {"agc": None}, {"data.name": "fake"}, {"frozen_epochs": 8},
+    ):  # fmt: skip
         assert recipes.fingerprint(recipes.override(demo, other)) != name
 
 

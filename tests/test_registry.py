@@ -60,6 +60,7 @@ def test_a_dialect_is_a_bundle_of_overrides_that_one_can_still_override():
 def test_list_models_filters_and_sorts_naturally():
     assert nfzoo.list_models("sn_*", family="efficientnet") == [f"sn_efficientnet_b{i}" for i in range(8)]
     assert nfzoo.list_models(variant="gn", family="regnet") == [f"gn_regnet_b{i}" for i in range(9)]
+    assert set(nfzoo.list_models(variant="gn")) == {n for n in names.table() if n.startswith("gn_") and "test" not in n}
     assert not [name for name in nfzoo.list_models() if "test_" in name]
     assert nfzoo.list_models("sn_ffnn*") == ["sn_ffnn_10x100", "sn_ffnn_10x512"]
 

@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 from nfzoo import names, registry
 from nfzoo.convert import deepmind, keras_applications, timm
 from nfzoo.files import atomic
+from nfzoo.weights import fill, shorten
 
 SOURCES: dict[str, ModuleType] = {"timm": timm, "deepmind": deepmind, "keras": keras_applications}
-_LISTED = 6
 
 
 def load(name: str, source: str, weights: Any, model_name: str | None = None, **build_options) -> keras.Model:
@@ -45,7 +45,8 @@ def load(name: str, source: str, weights: Any, model_name: str | None = None, **
     module, parsed = _source(source), names.parse(name)
     options = _with_dialect(parsed, module, build_options)
     rename = _rule(module, parsed, options)
-    if isinstance(weights, str | pathlib.Path) and not pathlib.Path(weights).exists():
+    stored = isinstance(weights, str | pathlib.Path)
+    if stored and not pathlib.Path(weights).exists():
         raise FileNotFoundError(f"Expected weights of {source}. Received: {weights}, which does not exist")
     tensors = _wanted(module.read(weights, parsed), module)
     # The classifier's bias tells the number of classes; without one the file is a backbone.
@@ -56,7 +57,8 @@ def load(name: str, source: str, weights: Any, model_name: str | None = None, **
     elif not partial and options.get("classes") is None:
         options["classes"] = len(head)
     model = registry.build(name, name=model_name, **options)
-    fill(model, tensors, rename, module.to_keras, _whole(name, options, rename) if partial else frozenset())
+    spare = _whole(name, options, rename) if partial else frozenset()
+    fill(model, tensors, weights if stored else "tensors", rename, module.to_keras, spare)
     return model
 
 
@@ -64,37 +66,6 @@ def _whole(name: str, options: dict, rename: Callable) -> frozenset[str]:
     """Names of all the source's tensors of a network, of which a model without its top leaves some."""
     with keras.StatelessScope():  # names only: no weight is drawn
         return frozenset(rename(v.path) for v in registry.build(name, **registry.overrides_of(options)).weights)
-
-
-def fill(
-    model: keras.Model, tensors: Mapping, rename: Callable, to_keras: Callable, spare: Set[str] = frozenset()
-) -> None:
-    """Assign every weight of a model from `tensors`, after all names and shapes have been found to fit.
-
-    Args:
-        rename: our variable path → the source's name. to_keras: (value, our shape) → value in our layout.
-        spare: names of tensors that may be left.
-    """
-    values, missing, shapes, used = {}, [], [], set()
-    for variable in model.weights:
-        key = rename(variable.path)
-        used.add(key)
-        if key not in tensors:
-            missing.append(f"{key} (for {variable.path})")
-            continue
-        value, shape = to_keras(tensors[key], tuple(variable.shape)), tuple(variable.shape)
-        if value.shape != shape:
-            shapes.append(f"{key} {tuple(tensors[key].shape)} for {variable.path} {shape}")
-        values[variable.path] = value
-    unused = sorted(tensors.keys() - used - spare)
-    if missing or unused or shapes:
-        parts = {"without": missing, "with unknown": unused, "of other shapes": shapes}
-        listed = "; ".join(f"{word} {shorten(keys)}" for word, keys in parts.items() if keys)
-        of_head = not missing and not unused and all(" for head/" in line for line in shapes)
-        remedy = " Build with the file's classes (leave them out), then use nfzoo.set_head." if of_head else ""
-        raise ValueError(f"Expected the weights of {model.name}. Received: tensors {listed}.{remedy}")
-    for variable in model.weights:
-        variable.assign(values[variable.path])
 
 
 def as_tensors(
@@ -167,12 +138,6 @@ def save(
     with atomic(path) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
     return path
-
-
-def shorten(keys: list[str]) -> str:
-    """List the first few of many."""
-    rest = len(keys) - _LISTED
-    return ", ".join(keys[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _source(source: str) -> ModuleType:

@@ -3,20 +3,26 @@
 Pure words of `Variant`; which convolutions a block has is the family's table.
 """
 
+import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nfzoo import numerics
 from nfzoo.models.sites import Site, block_sites
 
+# How DeepMind's code reads every residual family.
+DEEPMIND = {"padding": "same", "drop_path_rule": "deepmind"}
+
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualSpec:
+class ResidualSpec(abc.ABC):
     """What a row of a residual family tells; families add their own fields.
 
     Attributes:
-        depths: blocks per stage.
+        imagenet_stride: of the whole stem, unless it is small.
+        depths: blocks per stage. widths: channels of each stage, as the family counts them.
         dialect: whose reading of the architecture, where sources disagree: "deepmind", "timm" or "keras"; None for
             that of the variant's own paper.
         size, test_size: input height and width while training and for evaluation, pixels.
@@ -31,7 +37,9 @@ class ResidualSpec:
         attention: None, "se" or "eca"; se_ratio: hidden units of squeeze-excite over its channels.
     """
 
+    imagenet_stride: ClassVar[int] = 4
     depths: tuple[int, ...]
+    widths: tuple[int, ...]
     dialect: str | None = None
     size: int = 224
     test_size: int | None = None
@@ -66,16 +74,31 @@ class ResidualSpec:
 
     @property
     def stem_stride(self) -> int:
-        raise NotImplementedError
+        return self.imagenet_stride if self.stem == "imagenet" else 1
 
     @property
     def min_size(self) -> int:
         """Smallest height and width whose every stride still has a pixel to halve."""
         return self.stem_stride * math.prod(block.stride for stage in self.stages() for block in stage)
 
+    @property
+    @abc.abstractmethod
+    def stem_out(self) -> int:
+        """Channels that the stem gives to the first block."""
+
+    @abc.abstractmethod
+    def block(self, stage: int, at: int, inputs: int) -> "Block":
+        """Resolve block `at` of a stage, both counted from 0, for its number of input channels."""
+
     def stages(self) -> "list[list[Block]]":
         """Resolve the blocks of every stage."""
-        raise NotImplementedError
+        result, inputs = [], self.stem_out
+        for stage, (_, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
+            result.append([])
+            for at in range(depth):
+                result[-1].append(self.block(stage, at, inputs))
+                inputs = result[-1][-1].outputs
+        return result
 
 
 @dataclass(frozen=True)
@@ -181,3 +204,9 @@ def chain(stages: Sequence[Sequence[Block]], spec: ResidualSpec, variant, x):
         stride *= block.stride
         pyramid[f"P{int(math.log2(stride))}"] = x
     return x, pyramid
+
+
+def widen(x, channels: int, spec: ResidualSpec, variant):
+    """The 1x1 convolution between the last block and the pooling."""
+    top = Site("top", role="top")
+    return norm_act(variant.conv(x, channels, 1, top, padding=spec.padding), top, spec, variant)

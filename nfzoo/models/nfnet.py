@@ -6,7 +6,7 @@ Brock et al. 2021b (arXiv 2102.06171), appendix C; two grouped 3x3 convolutions 
 from dataclasses import dataclass
 
 from nfzoo import numerics
-from nfzoo.models.blocks import Block, Conv, ResidualSpec, chain, norm_act
+from nfzoo.models.blocks import DEEPMIND, Block, Conv, ResidualSpec, chain, norm_act, widen
 from nfzoo.models.sites import Site
 
 ADMITS = ("none", "bn", "gn", "sn", "nf")
@@ -19,7 +19,6 @@ class Spec(ResidualSpec):
     """One row; see `ResidualSpec` for the common fields.
 
     Attributes:
-        widths: channels of each stage.
         bottleneck: channels of the inner convolutions over the stage's, rounded down to whole groups.
         group_width: channels per group of the 3x3 convolutions.
         top: channels of the last convolution over those of the last stage.
@@ -39,28 +38,16 @@ class Spec(ResidualSpec):
     stem_channels: int | None = None
 
     @property
-    def stem_stride(self) -> int:
-        return 4 if self.stem == "imagenet" else 1
-
-    @property
     def stem_out(self) -> int:
         return self.stem_channels or self.widths[0] // 2
 
-    def stages(self) -> list[list[Block]]:
-        result, inputs = [], self.stem_out
-        for number, (outputs, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
-            blocks = []
-            for at in range(depth):
-                stride = 2 if at == 0 and number > 0 else 1
-                project = stride > 1 or inputs != outputs
-                groups = int(outputs * self.bottleneck) // self.group_width
-                inner = groups * self.group_width
-                convs = (Conv(inner), Conv(inner, 3, stride, groups), Conv(inner, 3, 1, groups), Conv(outputs))
-                hidden = numerics.round_channels(outputs * self.se_ratio, limit=0.0)
-                blocks.append(Block(convs, project, hidden))
-                inputs = outputs
-            result.append(blocks)
-        return result
+    def block(self, stage: int, at: int, inputs: int) -> Block:
+        outputs, stride = self.widths[stage], 2 if at == 0 and stage > 0 else 1
+        groups = int(outputs * self.bottleneck) // self.group_width
+        inner = groups * self.group_width
+        convs = (Conv(inner), Conv(inner, 3, stride, groups), Conv(inner, 3, 1, groups), Conv(outputs))
+        hidden = numerics.round_channels(outputs * self.se_ratio, limit=0.0)
+        return Block(convs, project=stride > 1 or inputs != outputs, hidden=hidden)
 
 
 def conventions(spec: Spec, variant: str) -> dict:
@@ -68,7 +55,7 @@ def conventions(spec: Spec, variant: str) -> dict:
     if spec.dialect == "timm":
         return {}
     tanh = {"activation": "gelu_tanh"} if variant != "sn" and spec.activation == "gelu" else {}
-    return {"padding": "same", "drop_path_rule": "deepmind", **tanh}
+    return {**DEEPMIND, **tanh}
 
 
 def body(spec: Spec, variant, x):
@@ -80,9 +67,7 @@ def body(spec: Spec, variant, x):
         if number < len(strides):
             x = norm_act(x, site, spec, variant)
     x, pyramid = chain(spec.stages(), spec, variant, variant.tap(x, "stem_out"))
-    top = Site("top", role="top")
-    x = variant.conv(x, int(spec.top * spec.widths[-1]), 1, top, padding=spec.padding)
-    return norm_act(x, top, spec, variant), pyramid
+    return widen(x, int(spec.top * spec.widths[-1]), spec, variant), pyramid
 
 
 def _rows() -> dict[str, Spec]:

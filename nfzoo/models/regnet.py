@@ -4,9 +4,10 @@ Brock et al. 2021a (arXiv 2101.08692), section 5 and appendix; sizes from DeepMi
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nfzoo import numerics
-from nfzoo.models.blocks import Block, Conv, ResidualSpec, chain, norm_act
+from nfzoo.models.blocks import DEEPMIND, Block, Conv, ResidualSpec, chain, widen
 from nfzoo.models.sites import Site
 
 ADMITS = ("none", "bn", "gn", "sn", "nf")
@@ -24,6 +25,7 @@ class Spec(ResidualSpec):
         group_width: channels per group of the 3x3 convolution.
     """
 
+    imagenet_stride: ClassVar[int] = 2
     widths: tuple[int, ...] = (48, 104, 208, 440)
     width: float = 0.75
     dialect: str | None = "deepmind"
@@ -33,10 +35,6 @@ class Spec(ResidualSpec):
     downsample: str = "avg_pool"
     expansion: float = 2.25
     group_width: int = 8
-
-    @property
-    def stem_stride(self) -> int:
-        return 2 if self.stem == "imagenet" else 1
 
     def round(self, channels: float, limit: float = 0.9) -> int:
         """Round a width as the dialect does."""
@@ -48,38 +46,33 @@ class Spec(ResidualSpec):
             return self.round(self.width * (1280 * self.widths[-1] // 440))
         return 1280 * self.round(self.width * self.widths[-1]) // 440
 
-    def stages(self) -> list[list[Block]]:
-        result, inputs = [], self.round(self.width * self.widths[0])
-        for number, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
-            outputs, blocks = self.round(self.width * width), []
-            for at in range(depth):
-                stride = 2 if at == 0 else 1
-                expansion = 1.0 if number == at == 0 else self.expansion
-                groups = self.round(inputs * expansion) // self.group_width
-                inner = groups * self.group_width
-                convs = (Conv(inner), Conv(inner, 3, stride, groups), Conv(outputs))
-                hidden = self.round(inner * self.se_ratio, limit=0.0)
-                blocks.append(Block(convs, stride > 1 or inputs != outputs, hidden, attend_after=2))
-                inputs = outputs
-            result.append(blocks)
-        return result
+    @property
+    def stem_out(self) -> int:
+        return self.round(self.width * self.widths[0])
+
+    def block(self, stage: int, at: int, inputs: int) -> Block:
+        outputs, stride = self.round(self.width * self.widths[stage]), 2 if at == 0 else 1
+        expansion = 1.0 if stage == at == 0 else self.expansion
+        groups = self.round(inputs * expansion) // self.group_width
+        inner = groups * self.group_width
+        convs = (Conv(inner), Conv(inner, 3, stride, groups), Conv(outputs))
+        hidden = self.round(inner * self.se_ratio, limit=0.0)
+        return Block(convs, project=stride > 1 or inputs != outputs, hidden=hidden, attend_after=2)
 
 
 def conventions(spec: Spec, variant: str) -> dict:
     """Fields of spec and variant that follow from the dialect and the variant."""
     if spec.dialect == "timm":
         return {}
-    return {"padding": "same", "drop_path_rule": "deepmind", "head_scheme": "zeros"}
+    return {**DEEPMIND, "head_scheme": "zeros"}
 
 
 def body(spec: Spec, variant, x):
     """Build everything between the image and the pooling: the last map, and the last map of each stride."""
     stem = Site("stem", role="stem", index=1)
-    x = variant.conv(x, spec.round(spec.width * spec.widths[0]), 3, stem, spec.stem_stride, padding=spec.padding)
+    x = variant.conv(x, spec.stem_out, 3, stem, spec.stem_stride, padding=spec.padding)
     x, pyramid = chain(spec.stages(), spec, variant, variant.tap(x, "stem_out"))
-    top = Site("top", role="top")
-    x = variant.conv(x, spec.top_channels, 1, top, padding=spec.padding)
-    return norm_act(x, top, spec, variant), pyramid
+    return widen(x, spec.top_channels, spec, variant), pyramid
 
 
 def _row(widths, depths, size, test_size, dropout_rate, **other) -> Spec:

@@ -8,7 +8,7 @@ He et al. 2015 (arXiv 1512.03385), He et al. 2016 (pre-activation, arXiv 1603.05
 from dataclasses import dataclass
 
 from nfzoo import numerics
-from nfzoo.models.blocks import Block, Conv, ResidualSpec, chain, norm_act
+from nfzoo.models.blocks import DEEPMIND, Block, Conv, ResidualSpec, chain, norm_act
 from nfzoo.models.sites import Site
 
 ADMITS = ("none", "bn", "gn", "sn", "nf", "fixup", "skipinit", "rescale", "eun")
@@ -49,23 +49,16 @@ class Spec(ResidualSpec):
             )
 
     @property
-    def stem_stride(self) -> int:
-        return 4 if self.stem == "imagenet" else 1
+    def stem_out(self) -> int:
+        return self.widths[0]
 
-    def stages(self) -> list[list[Block]]:
-        result, inputs = [], self.widths[0]
-        for number, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
-            outputs = width * (4 if self.bottleneck else 1)
-            first = self.downsample_at == "first"
-            strides = [1] * depth
-            strides[0 if first else -1] = 2 if (number > 0 if first else number < len(self.depths) - 1) else 1
-            blocks = []
-            for stride in strides:
-                project = inputs != outputs or (stride > 1 and first)
-                blocks.append(Block(self._convs(width, outputs, stride), project, self._hidden(outputs)))
-                inputs = outputs
-            result.append(blocks)
-        return result
+    def block(self, stage: int, at: int, inputs: int) -> Block:
+        width, first = self.widths[stage], self.downsample_at == "first"
+        outputs = width * (4 if self.bottleneck else 1)
+        last_block, last_stage = at == self.depths[stage] - 1, stage == len(self.depths) - 1
+        stride = 2 if (at == 0 and stage > 0 if first else last_block and not last_stage) else 1
+        project = inputs != outputs or (stride > 1 and first)
+        return Block(self._convs(width, outputs, stride), project, self._hidden(outputs))
 
     def _convs(self, width: int, outputs: int, stride: int) -> tuple[Conv, ...]:
         if not self.bottleneck:
@@ -92,7 +85,7 @@ def conventions(spec: Spec, variant: str) -> dict:
     if variant in ("rescale", "eun") or (variant == "nf" and dialect == "timm"):
         fields["downsample"] = "avg_pool"
     if dialect == "deepmind":
-        fields |= {"padding": "same", "drop_path_rule": "deepmind"}
+        fields |= DEEPMIND
     if dialect == "keras":
         fields |= {"drop_path_rule": "keras"}
         if variant == "bn":
