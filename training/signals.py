@@ -86,22 +86,27 @@ def measure_profiles(table: str, data_dir: str | None, runs: pathlib.Path, conso
 def compare(row: Profile, signals: pd.DataFrame) -> pd.DataFrame:
     """Expected against measured, the mean over draws: quantity, block, expected, measured, std, deviation (relative).
 
-    Of a range (branches, means) both ends are compared; the least mean only where more than zero is expected.
+    Of a range (branches, means) both ends are compared. Where a mean of zero is expected, its range is a bound, and what
+    keeps it deviates by 0.
     """
     mine = signals[signals.row == row.name]
     of = lambda place, name: mine[mine.place == place].pivot(index="seed", columns="depth", values=name)  # noqa: E731
     variance, mean, branch = of("block", "acv"), of("block", "acsm").iloc[:, 1:], of("branch", "acv")
     lines = [("variance", block, expected, variance.iloc[:, block]) for block, expected in row.variance.items()]
     for name, ends, values in (("branch", row.branch, branch), ("mean", row.mean, mean)):
+        if ends and ends[0]:
+            lines.append((name, "least", ends[0], values.min(axis=1)))
         if ends:
-            lines += [(name, "least", ends[0], values.min(axis=1)), (name, "most", ends[1], values.max(axis=1))]
+            lines.append((name, "most", ends[1], values.max(axis=1)))
     table = pd.DataFrame(
         [(row.name, q, b, e, v.mean(), v.std(), v.min(), v.max()) for q, b, e, v in lines],
         columns=["row", "quantity", "block", "expected", "measured", "std", "min", "max"],
     )
-    # Below an upper bound near zero, or above zero, nothing deviates.
-    bound = (table.quantity == "mean") & (0 <= table.measured) & (table.measured <= table.expected)
-    return table.assign(deviation=(table.measured / table.expected - 1).where(table.expected > 0).mask(bound, 0))
+    table["deviation"] = table.measured / table.expected - 1
+    if row.mean and not row.mean[0]:
+        bound = table.quantity == "mean"
+        table.loc[bound, "deviation"] = table.deviation.clip(lower=0)
+    return table
 
 
 def profile_tables(signals: pd.DataFrame) -> str:
@@ -160,7 +165,7 @@ def keep_poster_epochs(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFram
 
 
 def keep_activations(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
-    """Variance and non-zero ratio of block outputs on the probe images, and the skip gains, before and after training."""
+    """Variance and non-zero ratio of block outputs on the probe images, and skip gains, before and after training."""
     options = engine.read_options(folder)
     recipe = recipes.Recipe.model_validate(options["recipe"])
     images = data.load(recipe.data, recipe.seed)
