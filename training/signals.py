@@ -86,8 +86,8 @@ def measure_profiles(table: str, data_dir: str | None, runs: pathlib.Path, conso
 def compare(row: Profile, signals: pd.DataFrame) -> pd.DataFrame:
     """Expected against measured, the mean over draws: quantity, block, expected, measured, std, deviation (relative).
 
-    Of a range (branches, means) both ends are compared. Where a mean of zero is expected, its range is a bound, and what
-    keeps it deviates by 0.
+    Of a range (branches, means) both ends are compared. Where a mean of zero is expected, its range is a bound, and
+    what keeps it deviates by 0.
     """
     mine = signals[signals.row == row.name]
     of = lambda place, name: mine[mine.place == place].pivot(index="seed", columns="depth", values=name)  # noqa: E731
