@@ -140,7 +140,8 @@ PROFILES: dict[str, list[Profile]] = {
             branch=(2, 2), mean=(0, 0.02), variance=_linear(2, (3, 4, 6, 3)),
         ),
         Profile(
-            "50, NF", "nf_resnetv2_50", _NF, seeds=_DRAWS, source=_REFERENCE, branch=(0.62, 1.0), mean=(0, 0.05), variance={
+            "50, NF", "nf_resnetv2_50", _NF, seeds=_DRAWS, source=_REFERENCE, branch=(0.62, 1.0), mean=(0, 0.05),
+            variance={
                 **_by_block((2.02, 3.00, 4.02), (1.97, 2.90, 3.82, 4.75)), 8: 1.86, 13: 5.86,
                 14: 1.60, 15: 2.26, 16: 2.88,
             },

@@ -20,6 +20,7 @@ import pandas as pd
 import typer
 from experiments import PROFILES, Profile, Row
 from matplotlib.figure import Figure
+from PIL import Image
 from reproduce import RESULTS, run_missing
 from rich.console import Console
 
@@ -332,7 +333,10 @@ def main(
         print(f"\n{name}\n\n{experiment.tables(signals)}\n")
         FIGURES.mkdir(parents=True, exist_ok=True)
         for figure, drawing in experiment.figures(signals).items():
-            print(plots.save(drawing, FIGURES / f"{figure}.png"))
+            path = plots.save(drawing, FIGURES / f"{figure}.png")
+            with atomic(path) as partial:  # a palette takes a third of the bytes
+                Image.open(path).quantize(64).save(partial, "PNG", optimize=True)
+            print(path)
 
 
 if __name__ == "__main__":
