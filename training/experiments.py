@@ -61,6 +61,7 @@ _NO_MP = {"magnitude_preserving": False}
 _THESIS = "thesis behind the poster, Table 3, mean of 5 seeds"
 _FIXED = {"scale": False, "center": False, "stem_affine": True}
 _LAYERS = {"taps": "layers"}
+_FFNN = {"seeds": _SEEDS[:3], "source": _THESIS, "signals": _LAYERS}
 # Plain SGD at the paper's learning rate, 0.1 per 256 images.
 _PHOTOS = {
     "data.name": "runs/imagenette", "data.image_size": 64, "augment.crop_padding": 4, "augment.flip": True,
@@ -89,11 +90,9 @@ TABLES: dict[str, list[Row]] = {
     ],
     # The poster's Figures 1 to 3: ten linear layers. Without scale and shift the first normalization keeps its own.
     "ffnn_gradients": [
-        Row("no BN", "none_ffnn_10x512", expected=19.5, source=_THESIS, signals=_LAYERS),
-        Row(
-            "BN without scale and shift", "bn_ffnn_10x512", build=_FIXED, expected=18.4, source=_THESIS, signals=_LAYERS
-        ),
-        Row("BN", "bn_ffnn_10x512", expected=23.9, source=_THESIS, signals=_LAYERS),
+        Row("no BN", "none_ffnn_10x512", expected=19.5, **_FFNN),
+        Row("BN without scale and shift", "bn_ffnn_10x512", build=_FIXED, expected=18.4, **_FFNN),
+        Row("BN", "bn_ffnn_10x512", expected=23.9, **_FFNN),
     ],
     # The poster's Figures 4 and 5: every layer's signals while training.
     "efficientnet_signals": [

@@ -153,9 +153,10 @@ def measure_runs(keep: Callable[[Row, int, pathlib.Path], pd.DataFrame]) -> Call
 
 
 def keep_linear(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
-    """Linear layers and what follows them, every epoch."""
+    """Every epoch: all signals of the first seed, of the others the gradients at the linear layers."""
     log = spp.read(folder)
-    return log[~log.layer.str.startswith("hidden_out") & (log.kind != "weight_gradient")]
+    log = log[~log.layer.str.startswith("hidden_out") & (log.kind != "weight_gradient")]
+    return log if seed == row.seeds[0] else linear_gradients(log)
 
 
 def keep_poster_epochs(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
@@ -287,9 +288,9 @@ def grid(logs: Mapping[str, pd.DataFrame], panels: Mapping[str, tuple[str, str]]
             plots.depth_profile(cell, log, kind, "layer", statistic, most=5)
             cell.set_xlabel(xlabel, fontsize=8)
             cell.tick_params(labelsize=8)
-            if line is axes[0]:
-                cell.set_title(title, fontsize=10)
         line[0].set_ylabel(text, fontsize=9)
+    for cell, title in zip(axes[0], logs, strict=True):
+        cell.set_title(title, fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
