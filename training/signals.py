@@ -284,7 +284,7 @@ def grid(logs: Mapping[str, pd.DataFrame], panels: Mapping[str, tuple[str, str]]
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(panels), len(logs), sharey="row", squeeze=False)
     for line, (text, (kind, statistic)) in zip(axes, panels.items(), strict=True):
-        for cell, (title, log) in zip(line, logs.items(), strict=True):
+        for cell, log in zip(line, logs.values(), strict=True):
             plots.depth_profile(cell, log, kind, "layer", statistic, most=5)
             cell.set_xlabel(xlabel, fontsize=8)
             cell.tick_params(labelsize=8)
