@@ -93,7 +93,7 @@ def test_level_and_ratio_of_gradients():
     log = pd.DataFrame(lines).assign(kind="gradient")
     others = log.assign(kind="weight", second_moment=1e9)
     level = signals.levels(pd.concat([log, others])).iloc[0]
-    assert (level.level, level.ratio, level.ratio_hidden) == (pytest.approx(2**4.5), 512, 256)
+    assert (level.level, level.ratio, level.inner) == (pytest.approx(2**4.5), 512, 128)
 
 
 def test_a_run_is_collected_before_its_line_is_written(results, monkeypatch):

@@ -191,27 +191,35 @@ def linear_gradients(signals: pd.DataFrame) -> pd.DataFrame:
 
 
 def levels(signals: pd.DataFrame) -> pd.DataFrame:
-    """Per row, seed and epoch: geometric mean over the linear layers, largest over smallest, the same without the head.
+    """Per row, seed and epoch: geometric mean over the ten linear layers; largest over smallest; that of the eight of
+    equal width, between the first and the classifier.
 
     Example:
-        Ten layers whose second moments are 1, 2, 4, … 512: level 2^4.5, ratio 512.
+        Ten layers whose second moments are 1, 2, 4, … 512: level 2^4.5, ratio 512, inner 128.
     """
     lines = []
     for (row, seed, epoch), part in linear_gradients(signals).groupby(["row", "seed", "epoch"], sort=False):
-        values, hidden = part.second_moment, part.second_moment[part.layer != "head"]
+        values, inner = part.second_moment, part.second_moment[~part.layer.isin(["hidden_linear1", "head"])]
         level = float(np.exp(np.log(values).mean()))
-        lines.append((row, seed, epoch, level, values.max() / values.min(), hidden.max() / hidden.min()))
-    return pd.DataFrame(lines, columns=["row", "seed", "epoch", "level", "ratio", "ratio_hidden"])
+        lines.append((row, seed, epoch, level, values.max() / values.min(), inner.max() / inner.min()))
+    return pd.DataFrame(lines, columns=["row", "seed", "epoch", "level", "ratio", "inner"])
 
 
 def ffnn_tables(signals: pd.DataFrame) -> str:
-    table = levels(signals).drop(columns="seed").groupby(["row", "epoch"], sort=False).mean().reset_index()
+    """Means over seeds, with least and largest."""
     lines = [
-        "| network | epoch | geometric mean | largest / smallest | hidden layers only |",
-        "| --- | --- | --- | --- | --- |",
+        "| network | epoch | geometric mean | largest / smallest | of the eight of equal width | seeds |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for line in table[table.epoch.isin((0, *POSTER_EPOCHS))].itertuples():
-        lines.append(f"| {line.row} | {line.epoch} | {line.level:.2g} | {line.ratio:.3g} | {line.ratio_hidden:.3g} |")
+
+    def cell(values: pd.Series, digits: int) -> str:
+        text = f"{values.mean():.{digits}g}"
+        return text if len(values) == 1 else f"{text} ({values.min():.{digits}g} to {values.max():.{digits}g})"
+
+    table = levels(signals)
+    for (row, epoch), part in table[table.epoch.isin((0, *POSTER_EPOCHS))].groupby(["row", "epoch"], sort=False):
+        cells = [cell(part.level, 2), cell(part.ratio, 3), cell(part.inner, 3)]
+        lines.append(f"| {row} | {epoch} | {' | '.join(cells)} | {len(part)} |")
     return "\n".join(lines)
 
 
