@@ -52,7 +52,8 @@ def test_published_lines_are_those_of_the_rows():
 def _noise_profile(row, seed, size=32):
     rows = [("block", 0, 1.0), ("block", 1, 2.0 + seed), ("branch", 0, 1.1)]
     return pd.DataFrame(
-        [{"step": 0, "epoch": 0, "kind": "activation", "place": p, "layer": f"l{d}", "depth": d, "acsm": v, "acv": v}
+        [{"step": 0, "epoch": 0, "kind": "activation", "place": p, "layer": f"l{d}", "depth": d, "acsm": v, "acv": v,
+          "second_moment": 2 * v}
          for p, d, v in rows]
     )  # fmt: skip
 
@@ -78,10 +79,13 @@ def test_signals_of_a_killed_measurement_are_replaced(results):
 
 
 def test_deviation_is_of_the_mean_over_draws():
-    row = experiments.Profile("tiny", "nf_test_resnet", variance={1: 2.0}, branch=(1.0, 1.1), mean=(0, 3.0))
+    row = experiments.Profile(
+        "tiny", "nf_test_resnet", variance={1: 2.0}, square={1: 4.0}, branch=(1.0, 1.1), mean=(0, 3.0)
+    )
     log = pd.concat([_noise_profile(row, seed).assign(row="tiny", seed=seed) for seed in (0, 1)])
     table = signals.compare(row, log).set_index(["quantity", "block"])
     assert table.deviation[("variance", 1)] == pytest.approx(0.25)  # (2 + 3) / 2 against 2
+    assert table.deviation[("square", 1)] == pytest.approx(0.25)
     assert table.deviation[("branch", "least")] == pytest.approx(0.1)
     assert table.deviation[("branch", "most")] == pytest.approx(0.0)
     assert table.deviation[("mean", "most")] == 0  # 2.5 keeps the bound of 3

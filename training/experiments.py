@@ -34,7 +34,7 @@ class Profile:
     """A network at initialisation on N(0, 1) images, in training mode; block 0 is the stem.
 
     Attributes:
-        variance: block -> average channel variance of its output.
+        variance, square: block -> average channel variance, mean square of its output.
         branch, mean: least and largest average channel variance of the residual branches, and average channel squared
             mean of the outputs (the stem's left out).
         tolerance: relative, of all of them.
@@ -47,6 +47,7 @@ class Profile:
     batch: int = 8
     seeds: tuple[int, ...] = (0,)
     variance: dict[int, float] = field(default_factory=dict)
+    square: dict[int, float] = field(default_factory=dict)
     branch: tuple[float, float] | None = None
     mean: tuple[float, float] | None = None
     tolerance: float = 0.1
@@ -125,6 +126,25 @@ def _linear(rise: float, depths: tuple[int, ...] = (50, 50, 50, 50)) -> dict[int
     return _by_block(*([rise * (2 + block) for block in range(depth)] for depth in depths))
 
 
+def _plain_squares(stem: float, depths: tuple[int, ...], size: int) -> dict[int, float]:
+    """Mean squares without weight standardization, in expectation over He weights: a convolution of ReLU(x) gives back
+    the mean square of x, times the share of its taps that lie within the map. After the pooling of the stem x > 0, and
+    ReLU halves nothing.
+    """
+    squares, square, beta2 = [], stem, 1
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            taps = (3 * size - 2) / (3 * size)
+            if stage and not block:
+                size //= 2
+                taps = (3 * size - 1) / (3 * size)  # stride 2 meets the border on one side
+            entered = square / beta2 * (1 if squares else 2)
+            square = (square if block else entered) + entered * taps**2
+            beta2 = block + 2
+            squares.append(square)
+    return _by_block(squares)
+
+
 PROFILES: dict[str, list[Profile]] = {
     # The NF-ResNet paper's Figures 1 and 2, at depth 50 and 600 and 128 pixels.
     "resnetv2_profiles": [
@@ -145,11 +165,12 @@ PROFILES: dict[str, list[Profile]] = {
                 14: 1.60, 15: 2.26, 16: 2.88,
             },
         ),
-        # Nothing holds the mean here, and a draw of the weights differs from the next by tens of percent.
+        # Nothing holds the mean here: a draw of the weights differs from the next by tens of percent, and the reference
+        # is one. The squares (4.95 after the stem) are theory for the mean over draws.
         Profile(
             "50, NF without WS", "nf_resnetv2_50", {**_NF, "init": "he", "standardize": False}, source=_REFERENCE,
             seeds=tuple(range(20)), branch=(1.5, 3.4), mean=(22, 93),
-            variance={1: 3.4, 2: 5.1, 3: 6.8, 13: 19.5, 16: 11.6},
+            variance={1: 3.4, 2: 5.1, 3: 6.8, 13: 19.5, 16: 11.6}, square=_plain_squares(4.95, (3, 4, 6, 3), 32),
         ),
         Profile(
             "600, BN-ReLU-Conv", "bn_resnetv2_600", {**_HE, "order": "bn-relu-conv"}, batch=2, source=_THEORY,

@@ -94,6 +94,8 @@ def compare(row: Profile, signals: pd.DataFrame) -> pd.DataFrame:
     of = lambda place, name: mine[mine.place == place].pivot(index="seed", columns="depth", values=name)  # noqa: E731
     variance, mean, branch = of("block", "acv"), of("block", "acsm").iloc[:, 1:], of("branch", "acv")
     lines = [("variance", block, expected, variance.iloc[:, block]) for block, expected in row.variance.items()]
+    square = of("block", "second_moment")
+    lines += [("square", block, expected, square.iloc[:, block]) for block, expected in row.square.items()]
     for name, ends, values in (("branch", row.branch, branch), ("mean", row.mean, mean)):
         if ends and ends[0]:
             lines.append((name, "least", ends[0], values.min(axis=1)))
