@@ -2,11 +2,15 @@
 
     python training/reproduce.py first_look
     python training/reproduce.py poster_table1 --seeds 868
+    python training/signals.py resnetv2_profiles
 
-An expectation is a test accuracy in percent with a tolerance; a result outside it is printed, not hidden.
+An expectation is a test accuracy in percent, or a signal by block, with a tolerance; a result outside it is printed,
+not hidden. `TABLES` are trained, `PROFILES` are networks at initialisation.
 """
 
+import math
 from dataclasses import dataclass, field
+from itertools import chain
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,32 @@ class Row:
     expected: float | None = None
     tolerance: float = 1.5
     source: str = ""
+    signals: dict = field(default_factory=dict)  # what is logged: keyword arguments of nfzoo.engine.run
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A network at initialisation on N(0, 1) images, in training mode; block 0 is the stem.
+
+    Attributes:
+        variance, square: block -> average channel variance, mean square of its output.
+        branch, mean: least and largest average channel variance of the residual branches, and average channel squared
+            mean of the outputs (the stem's left out).
+        tolerance: relative, of all of them.
+    """
+
+    name: str
+    model: str
+    build: dict = field(default_factory=dict)
+    size: int = 128
+    batch: int = 8
+    seeds: tuple[int, ...] = (0,)
+    variance: dict[int, float] = field(default_factory=dict)
+    square: dict[int, float] = field(default_factory=dict)
+    branch: tuple[float, float] | None = None
+    mean: tuple[float, float] | None = None
+    tolerance: float = 0.1
+    source: str = ""
 
 
 _EARLY = {"epochs": 3}
@@ -29,6 +59,16 @@ _POSTER_CODE = "the poster's PyTorch code after 3 epochs, lr 0.001, seed 868, on
 _POSTER = "poster, Table 1, mean of 5 seeds"
 _SEEDS = (868, 67, 472, 362, 970)
 _NO_MP = {"magnitude_preserving": False}
+_THESIS = "thesis behind the poster, Table 3, mean of 5 seeds"
+_FIXED = {"scale": False, "center": False, "stem_affine": True}
+_LAYERS = {"taps": "layers"}
+_SPP = {"changes": {"epochs": 5}, "signals": _LAYERS}
+_FFNN = {"seeds": _SEEDS[:3], "source": _THESIS, "signals": _LAYERS}
+# Adam instead of the paper's SGD: in 270 steps there is no room for its warm-up.
+_PHOTOS = {
+    "data.name": "runs/imagenette", "data.image_size": 64, "augment.crop_padding": 4, "augment.flip": True,
+    "agc": None, "batch_size": 64, "epochs": 6,
+}  # fmt: skip
 
 TABLES: dict[str, list[Row]] = {
     # CIFAR-100 at 32x32 under the poster's recipe, but 3 epochs instead of 20.
@@ -49,4 +89,101 @@ TABLES: dict[str, list[Row]] = {
         ),
         Row("NF, AGC 0.01", "nf_efficientnet_b0", changes={"agc": 0.01}, seeds=_SEEDS),
     ],
+    # The poster's Figures 1 to 3: ten linear layers. Without scale and shift the first normalization keeps its own.
+    "ffnn_gradients": [
+        Row("no BN", "none_ffnn_10x512", expected=19.5, **_FFNN),
+        Row("BN without scale and shift", "bn_ffnn_10x512", build=_FIXED, expected=18.4, **_FFNN),
+        Row("BN", "bn_ffnn_10x512", expected=23.9, **_FFNN),
+    ],
+    # The poster's Figures 4 and 5: every layer's signals while training, over the first 5 of its 20 epochs.
+    "efficientnet_signals": [
+        Row("no BN", "none_efficientnet_b0", expected=1.0, tolerance=0.1, source=_POSTER, **_SPP),
+        Row("SN, MP", "sn_efficientnet_b0", **_SPP),
+        Row("SN, no MP", "sn_efficientnet_b0", build=_NO_MP, **_SPP),
+    ],
+    # EUNNet's Figures 5 and 7, small: Imagenette's folder (train/, val/) as runs/imagenette, images of 64 pixels.
+    "eunnet_activations": [
+        Row("BN", "bn_resnet50", "demo", changes=_PHOTOS, build={"epsilon": 1e-5}, seeds=(0,)),
+        Row("EUN", "eun_resnet50", "demo", changes=_PHOTOS, seeds=(0,)),
+    ],
 }
+
+_HE = {"init": "he", "dialect": "deepmind"}
+_NF = {"alpha": 1.0, "skip_gain": 1.0}
+_DRAWS = (0, 1, 2, 3, 4)
+_REFERENCE = "DeepMind's code, one draw"
+_THEORY = (
+    "theory: branch r = 2 Var relu(z) = 1 - 1/pi, or 2 with ReLU first; a stage starts at 2 r and adds r per block"
+)
+
+
+def _by_block(*stages: tuple[float, ...]) -> dict[int, float]:
+    return dict(enumerate(chain(*stages), 1))
+
+
+def _linear(rise: float, depths: tuple[int, ...] = (50, 50, 50, 50)) -> dict[int, float]:
+    """A stage starts with shortcut plus branch, and adds a branch per block."""
+    return _by_block(*([rise * (2 + block) for block in range(depth)] for depth in depths))
+
+
+def _plain_squares(stem: float, depths: tuple[int, ...], size: int) -> dict[int, float]:
+    """Mean squares without weight standardization, in expectation over He weights: a convolution of ReLU(x) gives back
+    the mean square of x, times the share of its taps that lie within the map. After the pooling of the stem x > 0, and
+    ReLU halves nothing.
+    """
+    squares, square, beta2 = [], stem, 1
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            taps = (3 * size - 2) / (3 * size)
+            if stage and not block:
+                size //= 2
+                taps = (3 * size - 1) / (3 * size)  # stride 2 meets the border on one side
+            entered = square / beta2 * (1 if squares else 2)
+            square = (square if block else entered) + entered * taps**2
+            beta2 = block + 2
+            squares.append(square)
+    return _by_block(squares)
+
+
+PROFILES: dict[str, list[Profile]] = {
+    # The NF-ResNet paper's Figures 1 and 2, at depth 50 and 600 and 128 pixels.
+    "resnetv2_profiles": [
+        Profile(
+            "50, BN-ReLU-Conv", "bn_resnetv2_50", {**_HE, "order": "bn-relu-conv"}, seeds=_DRAWS, source=_REFERENCE,
+            branch=(0.68, 0.70), mean=(0.64, 2.14), variance=_by_block(
+                (1.48, 2.16, 2.86), (1.39, 2.07, 2.76, 3.44), (1.38, 2.06, 2.74, 3.44, 4.13, 4.82), (1.37, 2.05, 2.74)
+            ),
+        ),
+        Profile(
+            "50, ReLU-BN-Conv", "bn_resnetv2_50", {**_HE, "order": "relu-bn-conv"}, seeds=_DRAWS, source=_REFERENCE,
+            branch=(2, 2), mean=(0, 0.02), variance=_linear(2, (3, 4, 6, 3)),
+        ),
+        Profile(
+            "50, NF", "nf_resnetv2_50", _NF, seeds=_DRAWS, source=_REFERENCE, branch=(0.62, 1.0), mean=(0, 0.05),
+            variance={
+                **_by_block((2.02, 3.00, 4.02), (1.97, 2.90, 3.82, 4.75)), 8: 1.86, 13: 5.86,
+                14: 1.60, 15: 2.26, 16: 2.88,
+            },
+        ),
+        # Nothing holds the mean here: a draw of the weights differs from the next by tens of percent, and the reference
+        # is one. The squares (4.95 after the stem) are theory for the mean over draws.
+        Profile(
+            "50, NF without WS", "nf_resnetv2_50", {**_NF, "init": "he", "standardize": False}, source=_REFERENCE,
+            seeds=tuple(range(20)), branch=(1.5, 3.4), mean=(22, 93),
+            variance={1: 3.4, 2: 5.1, 3: 6.8, 13: 19.5, 16: 11.6}, square=_plain_squares(4.95, (3, 4, 6, 3), 32),
+        ),
+        Profile(
+            "600, BN-ReLU-Conv", "bn_resnetv2_600", {**_HE, "order": "bn-relu-conv"}, batch=2, source=_THEORY,
+            variance=_linear(1 - 1 / math.pi),
+        ),
+        Profile(
+            "600, ReLU-BN-Conv", "bn_resnetv2_600", {**_HE, "order": "relu-bn-conv"}, batch=2, source=_THEORY,
+            variance=_linear(2),
+        ),
+        Profile(
+            "600, NF", "nf_resnetv2_600", _NF, batch=2, source=_REFERENCE, branch=(0.34, 1.0), mean=(0, 0.85),
+            variance={1: 2.05, 10: 11.2, 25: 26.3, 50: 51.3, 51: 1.98, 75: 24.2, 100: 46.6, 150: 37.4, 200: 21.0},
+        ),
+        Profile("600, NF without WS", "nf_resnetv2_600", {**_NF, "init": "he", "standardize": False}, batch=2),
+    ],
+}  # fmt: skip

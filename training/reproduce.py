@@ -8,6 +8,7 @@ A row is done when its line (same model, build, recipe fingerprint and seed) is 
 import datetime
 import json
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import pandas as pd
@@ -78,6 +79,37 @@ def report(table: str, results: pd.DataFrame, console: Console) -> None:
     console.print(view)
 
 
+def run_missing(
+    table: str, data_dir: str | None, runs: pathlib.Path, console: Console, seeds: Sequence[int] = (),
+    dry_run: bool = False, collect: Callable[[Row, int, pathlib.Path], None] = lambda row, seed, folder: None,
+) -> pd.DataFrame:  # fmt: skip
+    """Train what a table lacks, line by line of its CSV; return the CSV.
+
+    `collect` sees the folder of each run before its line is written: a run with a line has been collected.
+    """
+    path = RESULTS / f"{table}.csv"
+    results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+    for row in TABLES[table]:
+        for seed in seeds or row.seeds:
+            recipe = recipe_of(row, seed, data_dir)
+            resolved = engine.options(row.model, recipe, row.build)
+            key = [row.name, row.model, json.dumps(resolved["build"], sort_keys=True), resolved["fingerprint"], seed]
+            if (results[KEY].astype(str) == list(map(str, key))).all(axis=1).any():
+                continue
+            console.print(f"[bold]{row.name}[/], seed {seed}" + (" (missing)" if dry_run else ""))
+            if dry_run:
+                continue
+            slug = "".join(c if c.isalnum() else "_" for c in row.name.lower())
+            folder = runs / table / f"{slug}-{seed}"
+            metrics = engine.run(row.model, recipe, folder, overrides=row.build, console=console, **row.signals)
+            collect(row, seed, folder)
+            new = pd.DataFrame([line(row, seed, recipe, metrics, folder)])
+            results = pd.concat([results, new]) if len(results) else new
+            with atomic(path) as partial:
+                results.to_csv(partial, index=False)
+    return results
+
+
 def main(
     table: str,
     data_dir: Annotated[str | None, typer.Option(help="of tensorflow-datasets; default: TFDS_DATA_DIR")] = None,
@@ -90,29 +122,11 @@ def main(
     console = Console()
     if table not in TABLES:
         raise typer.BadParameter(f"Expected one of {', '.join(TABLES)}. Received: {table!r}")
-    path = RESULTS / f"{table}.csv"
-    results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
     if as_markdown:
-        print(markdown(table, results))
+        print(markdown(table, pd.read_csv(RESULTS / f"{table}.csv")))
         return
-    chosen = None if seeds is None else [int(seed) for seed in seeds.split(",")]
-    for row in TABLES[table]:
-        for seed in chosen or row.seeds:
-            recipe = recipe_of(row, seed, data_dir)
-            resolved = engine.options(row.model, recipe, row.build)
-            key = [row.name, row.model, json.dumps(resolved["build"], sort_keys=True), resolved["fingerprint"], seed]
-            if (results[KEY].astype(str) == list(map(str, key))).all(axis=1).any():
-                continue
-            console.print(f"[bold]{row.name}[/], seed {seed}" + (" (missing)" if dry_run else ""))
-            if dry_run:
-                continue
-            slug = "".join(c if c.isalnum() else "_" for c in row.name.lower())
-            folder = runs / table / f"{slug}-{seed}"
-            metrics = engine.run(row.model, recipe, folder, overrides=row.build, console=console)
-            new = pd.DataFrame([line(row, seed, recipe, metrics, folder)])
-            results = pd.concat([results, new]) if len(results) else new
-            with atomic(path) as partial:
-                results.to_csv(partial, index=False)
+    chosen = () if seeds is None else [int(seed) for seed in seeds.split(",")]
+    results = run_missing(table, data_dir, runs, console, chosen, dry_run)
     report(table, results, console)
 
 

@@ -1,0 +1,126 @@
+"""The experiments of training/: rows that resolve, measurements that are not taken twice, tables that count rightly."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from nfzoo import engine, names, recipes
+
+TRAINING = pathlib.Path(__file__).parents[1] / "training"
+if not TRAINING.exists():
+    pytest.skip("training/ is not installed", allow_module_level=True)
+sys.path.insert(0, str(TRAINING))
+import experiments  # noqa: E402
+import reproduce  # noqa: E402
+import signals  # noqa: E402
+
+ROWS = [row for table in (*experiments.TABLES.values(), *experiments.PROFILES.values()) for row in table]
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    for module in (reproduce, signals):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_row_names_a_network_and_a_recipe(row):
+    names.resolve_fields(names.parse(row.model), row.build)
+    if isinstance(row, experiments.Row):
+        recipe = recipes.override(recipes.get(row.recipe), row.changes)
+        assert engine.options(row.model, recipe, row.build)["build"].items() >= row.build.items()
+
+
+def test_published_lines_are_those_of_the_rows():
+    """A change of a row or a recipe must not leave the old measurement under its name."""
+    for table, rows in experiments.TABLES.items():
+        path = TRAINING / "results" / f"{table}.csv"
+        published = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["row"])
+        for row in rows:
+            recipe = recipes.override(recipes.get(row.recipe), row.changes)
+            for line in published[published.row == row.name].itertuples():
+                assert line.model == row.model and line.fingerprint == recipes.fingerprint(recipe), row.name
+                assert json.loads(line.build) == engine.options(row.model, recipe, row.build)["build"]
+
+
+def _noise_profile(row, seed, size=32):
+    rows = [("block", 0, 1.0), ("block", 1, 2.0 + seed), ("branch", 0, 1.1)]
+    return pd.DataFrame(
+        [{"step": 0, "epoch": 0, "kind": "activation", "place": p, "layer": f"l{d}", "depth": d, "acsm": v, "acv": v,
+          "second_moment": 2 * v}
+         for p, d, v in rows]
+    )  # fmt: skip
+
+
+def test_a_network_is_not_measured_twice(results, monkeypatch):
+    row = experiments.Profile("tiny", "nf_test_resnet", {"alpha": 1.0}, size=32, batch=2, seeds=(0, 1))
+    monkeypatch.setitem(signals.PROFILES, "tiny", [row])
+    signals.measure_profiles("tiny", None, results, Console(quiet=True))
+    first = signals.signals_of("tiny")
+    assert len(pd.read_csv(results / "tiny.csv")) == 2 and set(first.seed) == {0, 1}
+    assert {"block", "branch"} == set(first.place) and np.isfinite(first.acv).all()
+    monkeypatch.setattr(signals, "profile", lambda *_: pytest.fail("measured again"))
+    signals.measure_profiles("tiny", None, results, Console(quiet=True))
+    pd.testing.assert_frame_equal(signals.signals_of("tiny"), first)
+
+
+def test_signals_of_a_killed_measurement_are_replaced(results):
+    for acv in (5.0, 7.0):
+        signals.add_signals("tiny", "a", 0, _noise_profile(None, 0).assign(acv=acv))
+        signals.add_signals("tiny", "b", 0, _noise_profile(None, 0))
+    table = signals.signals_of("tiny")
+    assert len(table) == 6 and set(table[table.row == "a"].acv) == {7.0}
+
+
+def test_deviation_is_of_the_mean_over_draws():
+    row = experiments.Profile(
+        "tiny", "nf_test_resnet", variance={1: 2.0}, square={1: 4.0}, branch=(1.0, 1.1), mean=(0, 3.0)
+    )
+    log = pd.concat([_noise_profile(row, seed).assign(row="tiny", seed=seed) for seed in (0, 1)])
+    table = signals.compare(row, log).set_index(["quantity", "block"])
+    assert table.deviation[("variance", 1)] == pytest.approx(0.25)  # (2 + 3) / 2 against 2
+    assert table.deviation[("square", 1)] == pytest.approx(0.25)
+    assert table.deviation[("branch", "least")] == pytest.approx(0.1)
+    assert table.deviation[("branch", "most")] == pytest.approx(0.0)
+    assert table.deviation[("mean", "most")] == 0  # 2.5 keeps the bound of 3
+
+
+def test_level_and_ratio_of_gradients():
+    layers = [*(f"hidden_linear{n}" for n in range(1, 10)), "head"]
+    lines = {"row": "a", "seed": 0, "epoch": 1, "layer": layers, "second_moment": 2.0 ** np.arange(10)}
+    log = pd.DataFrame(lines).assign(kind="gradient")
+    others = log.assign(kind="weight", second_moment=1e9)
+    level = signals.levels(pd.concat([log, others])).iloc[0]
+    assert (level.level, level.ratio, level.inner) == (pytest.approx(2**4.5), 512, 128)
+
+
+def test_a_run_is_collected_before_its_line_is_written(results, monkeypatch):
+    row = experiments.Row(
+        "tiny", "none_test_efficientnet", "demo", changes={"data.name": "fake", "epochs": 1}, seeds=(0,),
+        signals={"taps": "layers"},
+    )  # fmt: skip
+    monkeypatch.setitem(reproduce.TABLES, "tiny", [row])
+
+    def collect(row, seed, folder):
+        assert not (results / "tiny.csv").exists()
+        signals.add_signals("tiny", row.name, seed, signals.keep_poster_epochs(row, seed, folder))
+
+    run = lambda: reproduce.run_missing("tiny", None, results / "runs", Console(quiet=True), collect=collect)  # noqa: E731
+    assert run().status.tolist() == ["complete"]
+    log = signals.signals_of("tiny")
+    assert {"activation", "gradient", "weight"} == set(log.kind) and set(log.epoch) == {0, 1}
+    monkeypatch.setattr(engine, "run", lambda *_, **__: pytest.fail("run again"))
+    assert len(run()) == 1
+
+
+@pytest.mark.parametrize("name", ["50, BN-ReLU-Conv", "50, ReLU-BN-Conv", "50, NF", "600, BN-ReLU-Conv", "600, NF"])
+def test_published_profiles_are_within_the_tolerance(name):
+    row = next(row for row in signals.PROFILES["resnetv2_profiles"] if row.name == name)
+    table = signals.compare(row, signals.signals_of("resnetv2_profiles"))
+    assert len(table) >= 9 and (table.deviation.abs() <= row.tolerance).all()

@@ -1,0 +1,354 @@
+"""Measure signal propagation, draw docs/figures, print the tables of docs/signal_propagation.md.
+
+    python training/signals.py resnetv2_profiles
+    python training/signals.py ffnn_gradients --data-dir ~/tensorflow_datasets
+    python training/signals.py all --draw
+
+What training/results has is not measured again; --draw measures nothing. TABLE.csv has a line per run or network (what
+was run, on what); TABLE_signals.csv the signals, as `nfzoo.spp.read` gives them.
+"""
+
+import datetime
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import typer
+from experiments import PROFILES, Profile, Row
+from matplotlib.figure import Figure
+from PIL import Image
+from reproduce import RESULTS, run_missing
+from rich.console import Console
+
+from nfzoo.cli import quiet_start
+
+with quiet_start():
+    import keras
+
+    import nfzoo
+    from nfzoo import data, engine, plots, recipes, spp
+    from nfzoo.files import atomic
+
+FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
+COLUMNS = ["row", "seed", "step", "epoch", "kind", "place", "layer", "depth"]
+STATISTICS = ["acsm", "acv", "second_moment", "nonzero", "value"]
+POSTER_EPOCHS = (1, 10, 20)  # the poster counts from 0, and averages over the batches of the epoch
+
+
+# ------------------------------------------------------------ files
+def signals_of(table: str) -> pd.DataFrame:
+    path = RESULTS / f"{table}_signals.csv"
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+
+
+def add_signals(table: str, row: str, seed: int, rows: pd.DataFrame) -> None:
+    """Put the signals of one run or network into the table's file, in place of those that may be there."""
+    before = signals_of(table)
+    before = before[(before.row != row) | (before.seed != seed)]
+    rows = rows.assign(row=row, seed=seed)
+    rows = rows[COLUMNS + [name for name in rows.columns if name not in COLUMNS]]
+    with atomic(RESULTS / f"{table}_signals.csv") as partial:
+        (pd.concat([before, rows]) if len(before) else rows).to_csv(partial, index=False, float_format="%.4g")
+
+
+# ------------------------------------------------------------ networks at initialisation
+def profile(row: Profile, seed: int) -> pd.DataFrame:
+    """Signals by block of one draw of weights; noise and batch are the same for all."""
+    keras.utils.set_random_seed(seed)
+    shape = (row.size, row.size, 3)
+    x = np.random.default_rng(0).standard_normal((row.batch, *shape)).astype("float32")
+    net = nfzoo.build(row.model, input_shape=shape, **row.build)
+    return spp.snapshot(net, x, taps="blocks", what=("activations",)).assign(step=0, epoch=0)
+
+
+def measure_profiles(table: str, data_dir: str | None, runs: pathlib.Path, console: Console) -> None:
+    path, key = RESULTS / f"{table}.csv", ["row", "model", "build", "size", "batch", "seed"]
+    done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=key)
+    for row in PROFILES[table]:
+        build = json.dumps(row.build, sort_keys=True)
+        for seed in row.seeds:
+            line = dict(zip(key, [row.name, row.model, build, row.size, row.batch, seed], strict=True))
+            if (done[key].astype(str) == list(map(str, line.values()))).all(axis=1).any():
+                continue
+            console.print(f"[bold]{row.name}[/], seed {seed}")
+            add_signals(table, row.name, seed, profile(row, seed))
+            where = engine.environment()
+            line |= {"date": datetime.date.today().isoformat(), "commit": where["commit"], "machine": where["machine"]}
+            line |= {"versions": json.dumps(where["versions"])}
+            done = pd.concat([done, pd.DataFrame([line])]) if len(done) else pd.DataFrame([line])
+            with atomic(path) as partial:
+                done.to_csv(partial, index=False)
+
+
+def compare(row: Profile, signals: pd.DataFrame) -> pd.DataFrame:
+    """Expected against measured, the mean over draws: quantity, block, expected, measured, std, deviation (relative).
+
+    Of a range (branches, means) both ends are compared. Where a mean of zero is expected, its range is a bound, and
+    what keeps it deviates by 0.
+    """
+    mine = signals[signals.row == row.name]
+    of = lambda place, name: mine[mine.place == place].pivot(index="seed", columns="depth", values=name)  # noqa: E731
+    variance, mean, branch = of("block", "acv"), of("block", "acsm").iloc[:, 1:], of("branch", "acv")
+    lines = [("variance", block, expected, variance.iloc[:, block]) for block, expected in row.variance.items()]
+    square = of("block", "second_moment")
+    lines += [("square", block, expected, square.iloc[:, block]) for block, expected in row.square.items()]
+    for name, ends, values in (("branch", row.branch, branch), ("mean", row.mean, mean)):
+        if ends and ends[0]:
+            lines.append((name, "least", ends[0], values.min(axis=1)))
+        if ends:
+            lines.append((name, "most", ends[1], values.max(axis=1)))
+    table = pd.DataFrame(
+        [(row.name, q, b, e, v.mean(), v.std(), v.min(), v.max()) for q, b, e, v in lines],
+        columns=["row", "quantity", "block", "expected", "measured", "std", "min", "max"],
+    )
+    table["deviation"] = table.measured / table.expected - 1
+    if row.mean and not row.mean[0]:
+        bound = table.quantity == "mean"
+        table.loc[bound, "deviation"] = table.deviation.clip(lower=0)
+    return table
+
+
+def profile_tables(signals: pd.DataFrame) -> str:
+    lines = [
+        "| network | compared | largest deviation, % | median, % | within 10 % |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    tables = []
+    for row in PROFILES["resnetv2_profiles"]:
+        table = compare(row, signals)
+        tables.append(table)
+        for quantity, part in table.dropna(subset="deviation").groupby("quantity", sort=False):
+            size = 100 * part.deviation.abs()
+            within = f"{(size <= 100 * row.tolerance).sum()} of {len(size)}"
+            lines.append(f"| {row.name} | {quantity} | {size.max():.1f} | {size.median():.1f} | {within} |")
+    with atomic(RESULTS / "resnetv2_profiles_expected.csv") as partial:
+        pd.concat(tables).to_csv(partial, index=False, float_format="%.4g")
+    return "\n".join(lines)
+
+
+def profile_figures(signals: pd.DataFrame) -> dict[str, Figure]:
+    names = [row.name for row in PROFILES["resnetv2_profiles"]]
+    first = signals[signals.seed == 0]
+    return {
+        f"resnetv2_{depth}": plots.signal_propagation(
+            {name.split(", ")[1]: first[first.row == name] for name in names if name.startswith(depth)},
+            panels=("mean", "variance", "branch"),
+        )
+        for depth in ("50", "600")
+    }
+
+
+# ------------------------------------------------------------ networks in training
+def measure_runs(keep: Callable[[Row, int, pathlib.Path], pd.DataFrame]) -> Callable:
+    def measure(table: str, data_dir: str | None, runs: pathlib.Path, console: Console) -> None:
+        def collect(row: Row, seed: int, folder: pathlib.Path) -> None:
+            rows = keep(row, seed, folder)
+            add_signals(table, row.name, seed, rows[[c for c in COLUMNS + STATISTICS if c in rows]])
+
+        run_missing(table, data_dir, runs, console, collect=collect)
+
+    return measure
+
+
+def keep_linear(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
+    """Every epoch: all signals of the first seed, of the others the gradients at the linear layers."""
+    log = spp.read(folder)
+    log = log[~log.layer.str.startswith("hidden_out") & (log.kind != "weight_gradient")]
+    return log if seed == row.seeds[0] else linear_gradients(log)
+
+
+def keep_poster_epochs(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
+    """Initialisation and the epochs that the poster shows; of a shorter run, its last."""
+    log = spp.read(folder)
+    shown = log.epoch.isin((0, *POSTER_EPOCHS)) | (log.epoch == log.epoch.max())
+    return log[shown & (log.kind != "weight_gradient")]
+
+
+def keep_activations(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
+    """Variance and non-zero ratio of block outputs on the probe images, and skip gains, before and after training."""
+    options = engine.read_options(folder)
+    recipe = recipes.Recipe.model_validate(options["recipe"])
+    images = data.load(recipe.data, recipe.seed)
+    x, _ = data.Batches(data.subset(images.train, engine.PROBE_SIZE), engine.PROBE_SIZE, images.mean, images.std)[0]
+    keras.utils.set_random_seed(recipe.seed)
+    new = nfzoo.build(row.model, classes=len(images.classes), input_shape=x.shape[1:], **options["build"])
+    asked = {"taps": "*_out", "what": ("activations", "parameters"), "statistics": ("acsm", "acv", "nonzero")}
+    parts = [
+        spp.snapshot(net, x, **asked).assign(step=epoch, epoch=epoch)
+        for epoch, net in ((0, new), (recipe.epochs, engine.load_run(folder)))
+    ]
+    log = pd.concat(parts)
+    return log[(log.kind == "activation") | log.layer.str.contains("_sum/gain")]
+
+
+# ------------------------------------------------------------ FFNN
+def linear_gradients(signals: pd.DataFrame) -> pd.DataFrame:
+    """Second moment of the loss' gradient at the ten linear layers' outputs: the poster's "ACSM" of rank-2 tensors."""
+    linear = signals.layer.str.match(r"hidden_linear\d+$|head$")
+    return signals[(signals.kind == "gradient") & linear]
+
+
+def levels(signals: pd.DataFrame) -> pd.DataFrame:
+    """Per row, seed and epoch: geometric mean over the ten linear layers; largest over smallest; that of the eight of
+    equal width, between the first and the classifier.
+
+    Example:
+        Ten layers whose second moments are 1, 2, 4, … 512: level 2^4.5, ratio 512, inner 128.
+    """
+    lines = []
+    for (row, seed, epoch), part in linear_gradients(signals).groupby(["row", "seed", "epoch"], sort=False):
+        values, inner = part.second_moment, part.second_moment[~part.layer.isin(["hidden_linear1", "head"])]
+        level = float(np.exp(np.log(values).mean()))
+        lines.append((row, seed, epoch, level, values.max() / values.min(), inner.max() / inner.min()))
+    return pd.DataFrame(lines, columns=["row", "seed", "epoch", "level", "ratio", "inner"])
+
+
+def ffnn_tables(signals: pd.DataFrame) -> str:
+    """Means over seeds, with least and largest."""
+    lines = [
+        "| network | epoch | geometric mean | largest / smallest | of the eight of equal width | seeds |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def cell(values: pd.Series, digits: int) -> str:
+        text = f"{values.mean():.{digits}g}"
+        return text if len(values) == 1 else f"{text} ({values.min():.{digits}g} to {values.max():.{digits}g})"
+
+    table = levels(signals)
+    for (row, epoch), part in table[table.epoch.isin((0, *POSTER_EPOCHS))].groupby(["row", "epoch"], sort=False):
+        cells = [cell(part.level, 2), cell(part.ratio, 3), cell(part.inner, 3)]
+        lines.append(f"| {row} | {epoch} | {' | '.join(cells)} | {len(part)} |")
+    return "\n".join(lines)
+
+
+def ffnn_figures(signals: pd.DataFrame) -> dict[str, Figure]:
+    seed = signals.seed.iloc[0]
+    rows = linear_gradients(signals[signals.seed == seed]).assign(place="layer")
+    panel = {"gradient at linear\noutputs, mean square": ("gradient", "second_moment")}
+    return {"ffnn_gradients": grid(split(rows), panel, "linear layer (9: classifier)")}
+
+
+# ------------------------------------------------------------ EfficientNet, the poster's Figures 4 and 5
+PANELS = {
+    "activations\naverage channel squared mean": ("activation", "acsm"),
+    "activations\naverage channel variance": ("activation", "acv"),
+    "weights\nmean square": ("weight", "second_moment"),
+    "gradients\nmean square": ("gradient", "second_moment"),
+}
+
+
+def efficientnet_figures(signals: pd.DataFrame) -> dict[str, Figure]:
+    return {"efficientnet_signals": grid(split(signals.assign(place="layer")), PANELS, "layer")}
+
+
+def efficientnet_tables(signals: pd.DataFrame) -> str:
+    """First and last block, and the span in between, by epoch."""
+    blocks = signals[(signals.place == "block") & (signals.kind == "activation")]
+    gradients = signals[(signals.place == "block") & (signals.kind == "gradient")]
+    lines = [
+        "| network | epoch | variance, first → last block | gradient, last → first block |", "| --- | --- | --- | --- |"
+    ]  # fmt: skip
+    for (row, epoch), part in blocks.groupby(["row", "epoch"], sort=False):
+        back = gradients[(gradients.row == row) & (gradients.epoch == epoch)].sort_values("depth").second_moment
+        forth = part.sort_values("depth").acv
+        ends = [f"{values.iloc[i]:.1e}" for values, i in ((forth, 0), (forth, -1), (back, -1), (back, 0))]
+        lines.append(f"| {row} | {epoch} | {ends[0]} → {ends[1]} | {ends[2]} → {ends[3]} |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------ EUNNet, its Figures 5 and 7
+def eunnet_figures(signals: pd.DataFrame) -> dict[str, Figure]:
+    rows = signals[signals.place == "block"].assign(place="layer")
+    panels = {
+        "variance of\nblock output": ("activation", "acv"),
+        "non-zero ratio of\nblock output": ("activation", "nonzero"),
+    }
+    figure = grid(split(rows), panels, "block (0: stem)")
+    for axes in figure.axes[len(figure.axes) // 2 :]:
+        axes.set_yscale("linear")
+        axes.set_ylim(0, 1.02)
+    return {"eunnet_activations": figure}
+
+
+def eunnet_tables(signals: pd.DataFrame) -> str:
+    lines = ["| network | epoch | quantity | by block (0: stem) |", "| --- | --- | --- | --- |"]
+    blocks = signals[signals.place == "block"].sort_values("depth")
+    for (row, epoch), part in blocks.groupby(["row", "epoch"], sort=False):
+        for name, column in (("variance", "acv"), ("non-zero ratio", "nonzero")):
+            lines.append(f"| {row} | {epoch} | {name} | {' '.join(f'{value:.2g}' for value in part[column])} |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------ drawing
+def split(signals: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {name: rows for name, rows in signals.groupby("row", sort=False)}
+
+
+def grid(logs: Mapping[str, pd.DataFrame], panels: Mapping[str, tuple[str, str]], xlabel: str) -> Figure:
+    """One column per network, one row per (kind, statistic), every tap whatever it shows."""
+    size = (1.2 + 3.4 * len(logs), 0.9 + 2.1 * len(panels))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(panels), len(logs), sharey="row", squeeze=False)
+    for line, (text, (kind, statistic)) in zip(axes, panels.items(), strict=True):
+        for cell, log in zip(line, logs.values(), strict=True):
+            plots.depth_profile(cell, log, kind, "layer", statistic, most=5)
+            cell.set_xlabel(xlabel, fontsize=8)
+            cell.tick_params(labelsize=8)
+        line[0].set_ylabel(text, fontsize=9)
+    for cell, title in zip(axes[0], logs, strict=True):
+        cell.set_title(title, fontsize=10)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+# ------------------------------------------------------------ the command
+@dataclass(frozen=True)
+class Experiment:
+    """How to measure a table; its figures by name; its tables as markdown."""
+
+    measure: Callable
+    figures: Callable[[pd.DataFrame], dict[str, Figure]]
+    tables: Callable[[pd.DataFrame], str]
+
+
+EXPERIMENTS = {
+    "resnetv2_profiles": Experiment(measure_profiles, profile_figures, profile_tables),
+    "ffnn_gradients": Experiment(measure_runs(keep_linear), ffnn_figures, ffnn_tables),
+    "eunnet_activations": Experiment(measure_runs(keep_activations), eunnet_figures, eunnet_tables),
+    "efficientnet_signals": Experiment(measure_runs(keep_poster_epochs), efficientnet_figures, efficientnet_tables),
+}
+
+
+def main(
+    table: str,
+    data_dir: Annotated[str | None, typer.Option(help="of tensorflow-datasets; default: TFDS_DATA_DIR")] = None,
+    runs: Annotated[pathlib.Path, typer.Option(help="where the runs go")] = pathlib.Path("runs/experiments"),
+    draw: Annotated[bool, typer.Option("--draw", help="from training/results alone, measure nothing")] = False,
+) -> None:
+    """Measure a table's signals ("all" for all tables), draw its figures, print its tables."""
+    if table not in (*EXPERIMENTS, "all"):
+        raise typer.BadParameter(f"Expected all, or one of {', '.join(EXPERIMENTS)}. Received: {table!r}")
+    console = Console()
+    for name in EXPERIMENTS if table == "all" else [table]:
+        experiment = EXPERIMENTS[name]
+        if not draw:
+            experiment.measure(name, data_dir, runs, console)
+        signals = signals_of(name)
+        if signals.empty:
+            console.print(f"{name}: not measured yet")
+            continue
+        print(f"\n{name}\n\n{experiment.tables(signals)}\n")
+        FIGURES.mkdir(parents=True, exist_ok=True)
+        for figure, drawing in experiment.figures(signals).items():
+            path = plots.save(drawing, FIGURES / f"{figure}.png")
+            with atomic(path) as partial:  # a palette takes a third of the bytes
+                Image.open(path).quantize(64).save(partial, "PNG", optimize=True)
+            print(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
