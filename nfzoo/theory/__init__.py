@@ -49,9 +49,9 @@ def profile(
         ValueError: for an unknown model or definition.
 
     Example:
-        >>> table = profile("nf_resnet50", {"alpha": 1.0, "skip_gain": 1.0})
+        >>> table = profile("nf_resnet50", {"skip_gain": 1.0, "stem": "small"})
         >>> table[table.layer == "stage2_block3_out"].acv.round(2).tolist()  # 1 + 3 alpha^2
-        [4.0]
+        [1.12]
 
     References: De & Smith 2020 (arXiv 2002.10444); NF-ResNet paper (arXiv 2101.08692), sections 3 and 4; Poole et al.
     2016 (arXiv 1606.05340).

@@ -175,7 +175,7 @@ def convolve(
         shared = x.acsm if groups == x.shape[-1] else x.mean**2
         acsm, second = acsm - means**2 * shared, second - squares * shared
     gain = variance * x.shape[-1] / groups * kernel ** len(sides)
-    acsm, second = gain * max(acsm, 0.0), gain * max(second, 0.0)
+    acsm, second = gain * max(float(acsm), 0.0), gain * max(float(second), 0.0)
     return Moments((x.shape[0], *lengths, outputs), 0.0, acsm, max(second - acsm, 0.0), sides=tuple(sides))
 
 
