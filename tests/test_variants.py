@@ -140,6 +140,17 @@ def test_nf_branch_has_unit_variance_at_any_depth():
     assert np.all(growth > 0.5 * 0.2**2) and np.all(growth < 1.5 * 0.2**2)
 
 
+def test_nf_without_weight_standardization_is_plain_but_for_its_entrances_and_merges():
+    model = nfzoo.build("nf_resnet50", input_shape=(32, 32, 3), standardize=False, init="he")
+    assert not _of(model, layers.ScaledStdConv2D) and not _of(model, layers.ScaledActivation)
+    assert _std(model, "stage4_block2_conv2/kernel") == pytest.approx(np.sqrt(2 / (9 * 512)), rel=0.02)
+    twin = nfzoo.build("nf_resnet50", input_shape=(32, 32, 3))
+    for kind in (keras.layers.Rescaling, layers.Merge):
+        assert [x.get_config() for x in _of(model, kind)] == [x.get_config() for x in _of(twin, kind)] != []
+    depthwise = _of(nfzoo.build("nf_test_efficientnet", standardize=False), keras.layers.DepthwiseConv2D)
+    assert depthwise and not any(isinstance(x, layers.ScaledStdDepthwiseConv2D) for x in depthwise)
+
+
 def test_bn_affine_parameters_are_optional():
     model = nfzoo.build("bn_ffnn_10x100", scale=False, center=False)
     assert not [v for v in model.trainable_variables if "norm" in v.path]

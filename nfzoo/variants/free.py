@@ -62,6 +62,8 @@ class NF(Variant):
         gamma_in: where the gain of the activation sits: "activation" (DeepMind) or "kernel" (timm: in every
             standardized kernel, the first included).
         epsilon, epsilon_mode: of the weight standardization, see `nfzoo.layers.standardize`.
+        standardize: False takes plain kernels and unscaled activations: with init="he", the network of the NF-ResNet
+            paper's Figure 2 whose mean drifts away.
 
     References: NF-ResNet paper (arXiv 2101.08692), sections 3 and 4; NFNet paper (arXiv 2102.06171), section 3.
     """
@@ -74,6 +76,7 @@ class NF(Variant):
     gamma_in: str = "activation"
     epsilon: float = 1e-4
     epsilon_mode: str = "clamp"
+    standardize: bool = True
 
     def __post_init__(self):
         if self.gamma_in not in ("activation", "kernel"):
@@ -86,10 +89,14 @@ class NF(Variant):
         return {"epsilon": 1e-5, "epsilon_mode": "add", "gamma_in": "kernel", "skip_gain": None, "last_gain": 0.0}
 
     def conv_layer(self, site: Site, filters: int, kernel: int, **options) -> keras.Layer:
+        if not self.standardize:
+            return super().conv_layer(site, filters, kernel, **options)
         gain = self.last_gain if site.role == "last" else 1.0
         return ScaledStdConv2D(filters, kernel, gain=gain, **self._standardization(), **options)
 
     def depthwise_layer(self, kernel: int, **options) -> keras.Layer:
+        if not self.standardize:
+            return super().depthwise_layer(kernel, **options)
         return ScaledStdDepthwiseConv2D(kernel, **self._standardization(), **options)
 
     def _standardization(self) -> dict:
@@ -97,7 +104,7 @@ class NF(Variant):
         return {"epsilon": self.epsilon, "epsilon_mode": self.epsilon_mode, "gamma": gamma}
 
     def act(self, x, site: Site):
-        if self.gamma_in == "kernel":
+        if self.gamma_in == "kernel" or not self.standardize:
             return super().act(x, site)
         return ScaledActivation(self.activation, name=site.name("act"))(x)
 
