@@ -12,37 +12,6 @@ import nfzoo
 from nfzoo import backend, spp
 
 
-def test_constant_channels_have_a_mean_and_no_variance():
-    x = np.broadcast_to(np.array([1.0, -2.0, 3.0], "float32"), (4, 5, 5, 3))
-    got = {k: float(v) for k, v in spp.statistics(x).items()}
-    assert got == pytest.approx({"acsm": 14 / 3, "acv": 0.0, "second_moment": 14 / 3})
-
-
-@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (7, 3)])
-def test_statistics_equal_numpy(shape):
-    x = np.random.default_rng(0).normal(0.5, 2, shape).astype("float32")
-    got = {k: float(v) for k, v in spp.statistics(x).items()}
-    channels = x.reshape(-1, shape[-1]).astype("float64")
-    expected = {
-        "acsm": np.mean([c.mean() ** 2 for c in channels.T]),
-        "acv": np.mean([np.mean((c - c.mean()) ** 2) for c in channels.T]),
-        "second_moment": np.mean(channels**2),
-    }
-    assert got == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_posters_reading_takes_dense_tensors_as_one_vector():
-    x = np.random.default_rng(0).normal(0.5, 2, (7, 3)).astype("float32")
-    flat = spp.statistics(x, None, "poster", flat=True)
-    assert float(flat["acsm"]) == pytest.approx(np.mean(x**2), rel=1e-5)
-    assert float(flat["acv"]) == pytest.approx(x.var(), rel=1e-5)
-    assert float(spp.statistics(x)["acsm"]) != pytest.approx(float(flat["acsm"]), rel=0.1)
-    maps = np.random.default_rng(0).normal(0.5, 2, (2, 4, 4, 3)).astype("float32")
-    assert {k: float(v) for k, v in spp.statistics(maps, None, "poster").items()} == pytest.approx(
-        {k: float(v) for k, v in spp.statistics(maps).items()}
-    )
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_activations_are_those_of_the_training_mode(variant, images):
     model = nfzoo.build(f"{variant}_test_efficientnet", dropout_rate=0.0)
@@ -287,39 +256,13 @@ def test_taps_by_class_name_and_function():
 
 
 # ---------------------------------------------------------------- the table of statistics
-NUMPY = {
-    "acsm": lambda x: np.mean(x.mean((0, 1, 2)) ** 2),
-    "acv": lambda x: np.mean(x.var((0, 1, 2))),
-    "second_moment": lambda x: np.mean(x**2),
-    "mean": np.mean,
-    "norm": lambda x: np.linalg.norm(x.ravel()),
-    "kurtosis": lambda x: np.mean(((x - x.mean((0, 1, 2))) ** 4).mean((0, 1, 2)) / x[..., :].var((0, 1, 2)) ** 2),
-    "nonzero": lambda x: np.count_nonzero(x) / x.size,
-    "dead": lambda x: np.mean([not x[..., c].any() for c in range(x.shape[-1])]),
-    "saturated": lambda x: np.mean(
-        [np.mean((c >= c.max() - 0.01 * np.ptp(c)) | (c <= c.min() + 0.01 * np.ptp(c))) for c in np.moveaxis(x, -1, 0)]
-    ),
-}
-
-
-def test_every_statistic_equals_numpy():
-    x = np.maximum(RNG.standard_normal((4, 5, 5, 6)), 0)
-    got = spp.statistics(x, names=tuple(spp.STATS))
-    assert got.keys() == NUMPY.keys()
-    for name, function in NUMPY.items():
-        assert float(got[name]) == pytest.approx(float(function(x)), rel=1e-5), name
-    x[..., 2] = 0
-    assert float(spp.statistics(x, names=["dead"])["dead"]) == pytest.approx(1 / 6)
-
-
-def largest(x, axes):
-    return keras.ops.max(keras.ops.abs(x))
-
-
 def test_a_users_statistic_is_a_column(images, monkeypatch):
     monkeypatch.setitem(spp.STATS, "largest", None)  # and is taken out again
 
-    spp.statistic(largest)
+    @spp.statistic
+    def largest(signal):
+        return keras.ops.max(keras.ops.abs(signal.entries))
+
     rows = spp.snapshot(
         nfzoo.build("sn_test_ffnn"), images[0][:, :8, :8], statistics=["largest"], what=("activations",)
     )

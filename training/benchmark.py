@@ -1,4 +1,4 @@
-"""Time training steps of nfzoo against its peers, in turn, and print the ratios.
+"""Time training steps of nfzoo against its peers, and what signal propagation costs, in turn, and print the ratios.
 
     python training/benchmark.py            # every case whose peers are installed
     python training/benchmark.py --list
@@ -34,7 +34,7 @@ class Case:
     """One comparison: the same network, batch and work for each contestant."""
 
     ours: str
-    """Of the same dialect as the first peer, so that both do the same work."""
+    """A model, of the same dialect as the first peer, so that both do the same work; or "contestant:model"."""
     size: int
     batch: int
     peers: tuple[str, ...]
@@ -52,23 +52,66 @@ CASES = {
     "efficientnet_b0_32px": Case(
         "bn_efficientnet_b0", 32, 128, ("keras.applications:EfficientNetB0", "timm:tf_efficientnet_b0"), classes=100
     ),
+    # What it costs to look, in training steps. An epoch of CIFAR-100's 40,000 training images has 312 steps of 128: one
+    # default probe at its end may take 3 % of that.
+    **{
+        f"{what}_{short}": Case(f"{what}:{model}", size, batch, (f"nfzoo:{model}",), target, options, classes)
+        for short, model, size, batch, options, classes in (
+            ("b0", "bn_efficientnet_b0", 32, 128, {}, 100),
+            ("nf_resnet50", "nf_resnet50", 224, 8, {"dialect": "timm"}, 1000),
+        )
+        for what, target in (("probe", 0.03 * 312), ("full_probe", 2.5), ("live", 1.15))
+    },
 }
 
 
 # ---------------------------------------------------------------- contestants: each returns a function of one step
-def _keras_step(model, images, labels):
+def _compiled(model):
     import keras
 
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    return lambda: model.train_on_batch(images, labels)
+    return model
+
+
+def _nfzoo_model(name: str, case: Case, images):
+    import nfzoo
+
+    return _compiled(nfzoo.build(name, classes=case.classes, input_shape=images.shape[1:], **case.options))
 
 
 def nfzoo_step(name: str, case: Case, images, labels):
-    import nfzoo
+    model = _nfzoo_model(name, case, images)
+    return lambda: model.train_on_batch(images, labels)
 
-    shape = images.shape[1:]
-    return _keras_step(nfzoo.build(name, classes=case.classes, input_shape=shape, **case.options), images, labels)
+
+def probe_step(name: str, case: Case, images, labels):
+    """One measurement with the callback's default settings."""
+    return _probe(name, case, images, labels)
+
+
+def full_probe_step(name: str, case: Case, images, labels):
+    """One measurement of all layers, all statistics, all kinds."""
+    from nfzoo import spp
+
+    return _probe(name, case, images, labels, taps="layers", statistics="all", what=spp.WHAT)
+
+
+def _probe(name: str, case: Case, images, labels, **options):
+    from nfzoo import spp
+
+    model = _nfzoo_model(name, case, images)
+    probe = spp.Probe(model, loss=model.loss, **options)
+    return lambda: probe(images, labels)
+
+
+def live_step(name: str, case: Case, images, labels):
+    """A training step that keeps the statistics of its own tensors, default settings."""
+    from nfzoo import spp
+
+    model = _nfzoo_model(name, case, images)
+    spp.SignalPropagation(source="live").set_model(model)
+    return lambda: model.train_on_batch(images, labels)
 
 
 def keras_step(name: str, case: Case, images, labels):
@@ -76,7 +119,8 @@ def keras_step(name: str, case: Case, images, labels):
 
     options = {"weights": None, "classes": case.classes, "classifier_activation": None}
     model = getattr(keras.applications, name)(input_shape=images.shape[1:], **options)
-    return _keras_step(model, images, labels)
+    _compiled(model)
+    return lambda: model.train_on_batch(images, labels)
 
 
 def timm_step(name: str, case: Case, images, labels):
@@ -96,8 +140,11 @@ def timm_step(name: str, case: Case, images, labels):
     return step
 
 
-LIBRARIES = {"nfzoo": nfzoo_step, "keras.applications": keras_step, "timm": timm_step}
-PACKAGES = {"nfzoo": ("nfzoo",), "keras.applications": ("keras",), "timm": ("torch", "timm")}
+CONTESTANTS = {
+    "nfzoo": nfzoo_step, "probe": probe_step, "full_probe": full_probe_step, "live": live_step,
+    "keras.applications": keras_step, "timm": timm_step,
+}  # fmt: skip
+PACKAGES = {"timm": ("torch", "timm")}  # beside what nfzoo needs
 
 
 def work(case_name: str, contestant: str) -> None:
@@ -109,7 +156,7 @@ def work(case_name: str, contestant: str) -> None:
     images = rng.standard_normal((case.batch, case.size, case.size, 3)).astype("float32")
     labels = rng.integers(0, case.classes, case.batch)
     began = time.perf_counter()
-    step = LIBRARIES[library](name, case, images, labels)
+    step = CONTESTANTS[library](name, case, images, labels)
     built = time.perf_counter() - began
     for _ in range(3):
         step()
@@ -145,13 +192,16 @@ class Contestant:
 
 
 def installed(contestant: str) -> bool:
-    return all(importlib.util.find_spec(package) for package in PACKAGES[contestant.split(":")[0]])
+    return all(importlib.util.find_spec(package) for package in PACKAGES.get(contestant.split(":")[0], ()))
 
 
 def race(case_name: str, rounds: int, steps: int) -> list[dict]:
     """Let the contestants of a case take turns; return one row per peer."""
     case = CASES[case_name]
-    present = [f"nfzoo:{case.ours}", *(peer for peer in case.peers if installed(peer))]
+    present = [
+        case.ours if ":" in case.ours else f"nfzoo:{case.ours}",
+        *(peer for peer in case.peers if installed(peer)),
+    ]
     with contextlib.ExitStack() as stack:
         contestants = []
         for name in present:
@@ -180,7 +230,7 @@ def main(
     list_: Annotated[bool, typer.Option("--list", help="show the cases and stop")] = False,
     record: Annotated[bool, typer.Option(help="append to training/results/benchmark.csv")] = True,
 ) -> None:
-    """Time training steps of nfzoo against its peers."""
+    """Time training steps of nfzoo against its peers, and signal propagation against training steps."""
     console = Console()
     unknown = set(cases or ()) - CASES.keys()
     if unknown:
@@ -189,7 +239,7 @@ def main(
         for name, case in CASES.items():
             console.print(f"{name}: {case.ours} {case.size}x{case.size}, batch {case.batch}, against {case.peers}")
         return
-    view = Table("case", "peer", "ratio", "at most", "nfzoo ms", "peer ms", title="training step, nfzoo over peer")
+    view = Table("case", "peer", "ratio", "at most", "nfzoo ms", "peer ms", title="nfzoo over peer")
     rows = []
     for name in cases or CASES:
         absent = [peer for peer in CASES[name].peers if not installed(peer)]

@@ -1,32 +1,80 @@
 """Training step and probe for the JAX backend."""
 
+import contextlib
+import functools
+
 import jax
 import keras
 
-from nfzoo.backend.taps import loss_scale, loss_state, recording, training_mode
+from nfzoo.backend.taps import TINY, check_step, loss_scale, loss_state, recording, training_mode, unscaled
 
 
 class Step:
     """`train_step` with adaptive gradient clipping; without an `agc`, Keras' own."""
 
     def train_step(self, state, data):
-        if self.agc is None:
-            return super().train_step(state, data)
-        trainable, non_trainable, optimizer_variables, metrics_variables = state
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        gradient = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
-        (_, (loss, y_pred, non_trainable, metrics_variables)), gradients = gradient(
-            trainable, non_trainable, metrics_variables, x, y, sample_weight,
-            training=True, optimizer_variables=optimizer_variables,
-        )  # fmt: skip
-        with keras.StatelessScope(state_mapping=list(zip(self.optimizer.variables, optimizer_variables, strict=True))):
-            scale = self.optimizer.scale_loss(1.0)
-        gradients, clipped = self.agc.clip(gradients, trainable, self.agc_axes(), scale)
-        trainable, optimizer_variables = self.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
-        logs, metrics_variables = self._update_metrics_variables(metrics_variables, loss, x, y, y_pred, sample_weight)
-        if self.agc.log_clipped:
-            logs = {**logs, "agc_clipped": clipped}
-        return logs, (trainable, non_trainable, optimizer_variables, metrics_variables)
+        return super().train_step(state, data) if self.agc is None else train_step(self, state, data)
+
+
+def train_step(model: keras.Model, state, data, live=None, taps=None):
+    """One step of Keras' own kind, with clipping and `live`; see `nfzoo.backend.tensorflow.train_step`."""
+    agc = getattr(model, "agc", None)
+    trainable, non_trainable, optimizer_variables, metrics_variables = state
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+
+    def forward(trainable, zeros):
+        with tapped(taps or {}, zeros) as seen:
+            loss, updates = model.compute_loss_and_updates(
+                trainable, non_trainable, metrics_variables, x, y, sample_weight,
+                training=True, optimizer_variables=optimizer_variables,
+            )  # fmt: skip
+        return loss, (updates, seen)
+
+    zeros = _zeros_at(jax.eval_shape(lambda t: forward(t, {})[1][1], trainable)) if live else {}
+    (_, (updates, seen)), gradients = jax.value_and_grad(forward, (0, 1), has_aux=True)(trainable, zeros)
+    loss, y_pred, non_trainable, metrics_variables = updates
+    raw, at_taps = gradients
+    with keras.StatelessScope(state_mapping=list(zip(model.optimizer.variables, optimizer_variables, strict=True))):
+        scale = model.optimizer.scale_loss(1.0)
+    before, gradients = trainable, raw
+    if agc is not None:
+        gradients, clipped = agc.clip(raw, trainable, model.agc_axes(), scale)
+    trainable, optimizer_variables = model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
+    if live:
+        paths = [v.path for v in model.trainable_variables]
+        by_path = [dict(zip(paths, values, strict=True)) for values in (trainable, raw, before)]
+        told = (seen, by_path[0], unscaled(at_taps, scale), unscaled(by_path[1], scale), by_path[2])
+        with keras.StatelessScope(list(zip(model.metrics_variables, metrics_variables, strict=True))) as scope:
+            live.update_state(*told)
+        metrics_variables = [scope.get_current_value(v) for v in model.metrics_variables]
+    logs, metrics_variables = model._update_metrics_variables(metrics_variables, loss, x, y, y_pred, sample_weight)
+    if agc is not None and agc.log_clipped:
+        logs = {**logs, "agc_clipped": clipped}
+    return logs, (trainable, non_trainable, optimizer_variables, metrics_variables)
+
+
+def observe(model: keras.Model, live, taps: dict[str, keras.Layer]):
+    """A training step for a model that tells `live` of its tensors; see `nfzoo.backend.tensorflow.observe`."""
+    check_step(model, Step)
+    return functools.partial(train_step, model, live=live, taps=taps)
+
+
+@contextlib.contextmanager
+def tapped(taps: dict[str, keras.Layer], zeros: dict):
+    """See the outputs of tapped layers, with `zeros` added: JAX differentiates by inputs only, such as these."""
+    seen = {}
+
+    def see(name, value):
+        seen[name] = value + zeros[name] if name in zeros else value
+        return seen[name]
+
+    with recording(taps, see):
+        yield seen
+
+
+def _zeros_at(shapes: dict) -> dict:
+    floating = {name: s for name, s in shapes.items() if jax.numpy.issubdtype(s.dtype, jax.numpy.floating)}
+    return {name: jax.numpy.zeros(s.shape, s.dtype) for name, s in floating.items()}
 
 
 def sync(model: keras.Model) -> None:
@@ -34,10 +82,15 @@ def sync(model: keras.Model) -> None:
     model.jax_state_sync()
 
 
+def scope(model: keras.Model):
+    """Where variables beside those of a model are made: anywhere."""
+    return contextlib.nullcontext()
+
+
 def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, reduce):
     """Compile a probe of one model; see `nfzoo.backend.tensorflow.signals`, of which this is the equivalent.
 
-    JAX differentiates by inputs only: every tapped output gets a zero added, by which the loss is differentiated.
+    Every tapped output gets a zero added, by which the loss is differentiated.
     """
     paths = [v.path for v in model.trainable_variables]
     scale, mode = loss_scale(model), training_mode(model)
@@ -45,13 +98,7 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
     @jax.jit
     def run(x, y, trainable, non_trainable, counters):
         def forward(trainable, zeros):
-            seen = {}
-
-            def see(name, value):
-                seen[name] = value + zeros[name] if name in zeros else value
-                return seen[name]
-
-            with recording(taps, see):
+            with tapped(taps, zeros) as seen:
                 outputs, _ = model.stateless_call(trainable, non_trainable, x, **mode)
             with keras.StatelessScope(loss_state(model, trainable, counters)):
                 loss = 0.0 if compute_loss is None else compute_loss(x, y, outputs) * scale
@@ -59,22 +106,16 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
 
         if compute_loss is None:
             return reduce(forward(trainable, {})[1], dict(zip(paths, trainable, strict=True)), {}, {})
-        shapes = jax.eval_shape(lambda t: forward(t, {})[1], trainable)
-        zeros = {name: jax.numpy.zeros(s.shape, s.dtype) for name, s in shapes.items()}
+        zeros = _zeros_at(jax.eval_shape(lambda t: forward(t, {})[1], trainable))
         (_, values), gradients = jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)(trainable, zeros)
-        at_weights, at_taps = jax.tree.map(lambda g: g.astype(_wide(g)) / scale, gradients)
-        weights = dict(zip(paths, trainable, strict=True))
-        return reduce(values, weights, at_taps, dict(zip(paths, at_weights, strict=True)))
+        weights, at_weights = (dict(zip(paths, values, strict=True)) for values in (trainable, gradients[0]))
+        return reduce(values, weights, unscaled(gradients[1], scale), unscaled(at_weights, scale))
 
     def call(x, y):
         groups = (model.trainable_variables, model.non_trainable_variables, model.metrics_variables)
         return run(x, y, *([v.value for v in group] for group in groups))
 
     return call
-
-
-def _wide(gradient):
-    return "float32" if gradient.dtype in ("float16", "bfloat16") else gradient.dtype
 
 
 def conv(x, kernel, strides, padding: str, dilation_rate=1):
@@ -85,3 +126,9 @@ def conv(x, kernel, strides, padding: str, dilation_rate=1):
 def standardize_columns(matrix, scale, epsilon: float):
     """scale * (matrix - mean) / sqrt(variance + epsilon) of every column."""
     return (matrix - matrix.mean(0)) * (scale * jax.lax.rsqrt(matrix.var(0) + epsilon))
+
+
+def column_moments(matrix):
+    """Mean and population variance of every column, and the columns standardized by them (0 where all are equal)."""
+    mean, variance = matrix.mean(0), matrix.var(0)
+    return mean, variance, (matrix - mean) * jax.lax.rsqrt(variance + TINY)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import keras
 
+TINY = 1e-30  # keeps a variance of zero from dividing zero by zero
+
 
 @contextlib.contextmanager
 def recording(taps: dict[str, keras.Layer], see: Callable) -> Iterator[None]:
@@ -53,3 +55,22 @@ def loss_state(model: keras.Model, trainable, counters) -> list[tuple]:
     """What a loss may read and write, for a stateless scope: weights that it penalises, means that it keeps."""
     pairs = zip([*model.trainable_variables, *model.metrics_variables], [*trainable, *counters], strict=True)
     return list(pairs)
+
+
+def unscaled(gradients: dict, scale) -> dict:
+    """Gradients without the loss scale, in float32 at least; those of what the loss does not depend on are left out."""
+    half = ("float16", "bfloat16")
+    wide = lambda g: keras.ops.cast(g, "float32") if keras.backend.standardize_dtype(g.dtype) in half else g  # noqa: E731
+    # A gradient of rows alone (of an embedding) becomes a whole one.
+    present = {name: wide(keras.ops.convert_to_tensor(g)) for name, g in gradients.items() if g is not None}
+    return {name: g / keras.ops.cast(scale, g.dtype) for name, g in present.items()}
+
+
+def check_step(model: keras.Model, step: type) -> None:
+    """Live signals come from a training step of ours, which stands for Keras' and for no other."""
+    own = type(model).train_step
+    if own not in (keras.Model.train_step, step.train_step):
+        raise ValueError(
+            f'Expected a model with the training step of Keras or of nfzoo for source="live". Received: '
+            f'{type(model).__name__}, which has its own (from {own.__module__}); take source="probe"'
+        )

@@ -1,40 +1,71 @@
 """Training step and probe for the TensorFlow backend."""
 
+import functools
+
 import keras
 import tensorflow as tf
 
-from nfzoo.backend.taps import loss_scale, loss_state, recording, training_mode
+from nfzoo.backend.taps import TINY, check_step, loss_scale, loss_state, recording, training_mode, unscaled
 
 
 class Step:
     """`train_step` with adaptive gradient clipping; without an `agc`, Keras' own."""
 
     def train_step(self, data):
-        if self.agc is None:
-            return super().train_step(data)
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        with tf.GradientTape() as tape:
-            y_pred = self(x, training=True)
-            loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-            scaled_loss = self.optimizer.scale_loss(loss)
-        variables = self.trainable_variables
-        gradients = tape.gradient(scaled_loss, variables)
-        scale = self.optimizer.scale_loss(tf.ones((), loss.dtype))
+        return super().train_step(data) if self.agc is None else train_step(self, data)
 
-        # Under a strategy each replica holds the gradient of its share of the loss. AGC bounds the whole: sum first,
-        # then clip, then divide, because the optimizer sums over the replicas once more.
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        if replicas > 1:
-            gradients = _all_reduce(gradients)
-        gradients, clipped = self.agc.clip(gradients, [v.value for v in variables], self.agc_axes(), scale)
-        if replicas > 1:
-            gradients = [g if g is None else g / replicas for g in gradients]
-        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
 
-        size = tf.shape(tf.nest.flatten(x)[0])[0]
-        self._loss_tracker.update_state(loss * replicas, sample_weight=size)
-        logs = self.compute_metrics(x, y, y_pred, sample_weight)
-        return {**logs, "agc_clipped": clipped} if self.agc.log_clipped else logs
+def train_step(model: keras.Model, data, live=None, taps=None):
+    """One step of Keras' own kind, with adaptive gradient clipping where the model has an `agc`.
+
+    Args:
+        live: told of the step's tensors by `live.update_state`, see `observe`.
+        taps: name -> layer whose output it is told.
+    """
+    agc, seen = getattr(model, "agc", None), {}
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    with tf.GradientTape() as tape:
+        with recording(taps or {}, lambda name, value: seen.setdefault(name, value)):
+            y_pred = model(x, **training_mode(model))
+        loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        scaled_loss = model.optimizer.scale_loss(loss)
+    variables = model.trainable_variables
+    gradients, at_taps = tape.gradient(scaled_loss, [variables, seen])
+    scale = model.optimizer.scale_loss(tf.ones((), loss.dtype))
+
+    # Under a strategy each replica holds the gradient of its share of the loss. AGC bounds the whole: sum first,
+    # then clip, then divide, because the optimizer sums over the replicas once more.
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if replicas > 1:
+        gradients = _all_reduce(gradients)
+    clipped, raw, before = 0.0, gradients, [tf.identity(v.value) for v in variables] if live else None
+    if agc is not None:
+        gradients, clipped = agc.clip(gradients, [v.value for v in variables], model.agc_axes(), scale)
+    if replicas > 1:
+        gradients = [g if g is None else g / replicas for g in gradients]
+    model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    if live:
+        paths, now = [v.path for v in variables], [v.value for v in variables]
+        by_path = [dict(zip(paths, values, strict=True)) for values in (now, raw, before)]
+        live.update_state(seen, by_path[0], unscaled(at_taps, scale), unscaled(by_path[1], scale), by_path[2])
+
+    size = tf.shape(tf.nest.flatten(x)[0])[0]
+    model._loss_tracker.update_state(loss * replicas, sample_weight=size)
+    logs = model.compute_metrics(x, y, y_pred, sample_weight)
+    return {**logs, "agc_clipped": clipped} if agc is not None and agc.log_clipped else logs
+
+
+def observe(model: keras.Model, live, taps: dict[str, keras.Layer]):
+    """A training step for a model that tells `live` of its tensors.
+
+    `live.update_state` gets the tapped outputs, the weights after the step, the gradients at the taps and at the
+    weights (before clipping, without the loss scale), and the weights before the step, as dicts.
+
+    Raises:
+        ValueError: if the model's class has a training step of its own.
+    """
+    check_step(model, Step)
+    return functools.partial(train_step, model, live=live, taps=taps)
 
 
 def _all_reduce(gradients: list) -> list:
@@ -45,6 +76,11 @@ def _all_reduce(gradients: list) -> list:
 
 def sync(model: keras.Model) -> None:
     """Variables are always up to date here."""
+
+
+def scope(model: keras.Model):
+    """Where variables beside those of a model are made: its distribution strategy's."""
+    return model.distribute_strategy.scope()
 
 
 def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, reduce):
@@ -82,7 +118,7 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
         if loss is None:
             return reduce(*wanted, {}, {})
         gradients = tape.gradient(loss, wanted, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return reduce(*wanted, *keras.tree.map_structure(lambda g: tf.cast(g, _wide(g)) / scale, gradients))
+        return reduce(*wanted, *(unscaled(by_name, scale) for by_name in gradients))
 
     def call(x, y):
         state = (
@@ -93,10 +129,6 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
         return run(*tensors, *state)
 
     return call
-
-
-def _wide(gradient):
-    return tf.float32 if gradient.dtype in (tf.float16, tf.bfloat16) else gradient.dtype
 
 
 def conv(x, kernel, strides, padding: str, dilation_rate=1):
@@ -126,3 +158,22 @@ def standardize_columns(matrix, scale, epsilon: float):
     image, zero = tf.reshape(matrix, (1, rows, 1, columns)), tf.zeros(columns)
     normal, _, _ = tf.compat.v1.nn.fused_batch_norm(image, scale, zero, epsilon=epsilon, is_training=True)
     return tf.reshape(normal, (rows, columns))
+
+
+def column_moments(matrix):
+    """Mean and population variance of every column, and the columns standardized by them (0 where all are equal).
+
+    The fused batch normalization finds all three in the time that separate operations take for the mean alone.
+    """
+    columns = matrix.shape[1]
+    if matrix.dtype != tf.float32 or columns == 1:
+        mean, variance = tf.nn.moments(matrix, 0)
+        return mean, variance, (matrix - mean) * tf.math.rsqrt(variance + TINY)
+    image, one, zero = tf.reshape(matrix, (1, -1, 1, columns)), tf.ones(columns), tf.zeros(columns)
+    normalize = tf.raw_ops.FusedBatchNormV3  # its Python wrapper raises small epsilons
+    normal, mean, variance, *_ = normalize(
+        x=image, scale=one, offset=zero, mean=tf.zeros(0), variance=tf.zeros(0), epsilon=TINY, is_training=True
+    )
+    rows = tf.cast(tf.shape(matrix)[0], tf.float32)
+    # It tells the unbiased variance; of a single row, 0.
+    return mean, variance * (rows - 1) / rows, tf.reshape(normal, tf.shape(matrix))

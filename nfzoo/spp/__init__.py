@@ -6,21 +6,27 @@ model.
 """
 
 from nfzoo.spp.callback import SignalPropagation, log_spaced
-from nfzoo.spp.log import SignalLog, read
-from nfzoo.spp.probe import KINDS, WHAT, Probe, snapshot
-from nfzoo.spp.stats import STATS, statistic, statistics
+from nfzoo.spp.live import LiveSignals
+from nfzoo.spp.log import SignalLog, read, read_meta
+from nfzoo.spp.probe import Probe, snapshot
+from nfzoo.spp.reduction import KINDS, WHAT
+from nfzoo.spp.stats import STATS, Signal, edges, statistic, statistics
 from nfzoo.spp.taps import place, select_taps
 
 __all__ = [
     "KINDS",
     "STATS",
     "WHAT",
+    "LiveSignals",
     "Probe",
+    "Signal",
     "SignalLog",
     "SignalPropagation",
+    "edges",
     "log_spaced",
     "place",
     "read",
+    "read_meta",
     "select_taps",
     "snapshot",
     "statistic",

@@ -9,8 +9,11 @@ import numpy as np
 import pandas as pd
 
 from nfzoo.backend import sync
-from nfzoo.spp.log import SignalLog
-from nfzoo.spp.probe import DEFAULT_WHAT, Probe, loss_of
+from nfzoo.spp.live import LiveSignals, attach, detach, live_signals
+from nfzoo.spp.log import SignalLog, write_meta
+from nfzoo.spp.probe import Probe, loss_of
+from nfzoo.spp.reduction import DEFAULT_WHAT, Reduction
+from nfzoo.spp.stats import edges
 
 
 def log_spaced(total: int, n: int = 20) -> Callable[[int], bool]:
@@ -25,20 +28,26 @@ def log_spaced(total: int, n: int = 20) -> Callable[[int], bool]:
 
 
 class SignalPropagation(keras.callbacks.Callback):
-    """Record signal propagation on a fixed probe batch during `fit`: at initialisation, then by schedule.
+    """Record signal propagation during `fit`: at initialisation, then by schedule.
 
     The weights, the moving statistics, the optimizer and the random streams stay as they were. The statistics are
-    computed in one compiled graph; only scalars leave the device.
+    computed in one compiled graph; only they leave the device.
 
     Args:
         x, y: the probe batch, as the model takes it. Without y there are no gradients.
+        source: "probe" measures on that batch; "live" takes the mean over all training batches since the last record,
+            within the training step, and needs no x (with one, initialisation is measured on it).
         every: "epoch", a number of steps, or a function step -> bool (see `log_spaced`).
         taps: "blocks", "layers", a pattern, a layer class, a list of names, or a function; see `select_taps`.
         what: any of "activations", "weights", "gradients", "parameters" (scales, gains, moving statistics).
         statistics: "default", "all", or names of `nfzoo.spp.STATS`.
-        log_dir: folder for spp.jsonl; None keeps the records in memory (`records`).
+        log_dir: folder for spp.jsonl; None keeps the records in memory.
+        tensorboard: folder for TensorBoard's scalars and histograms.
         loss: default: the model's.
         definition: "channel" (Brock et al.) or "poster", see `nfzoo.spp.stats`.
+
+    Raises:
+        ValueError: for options that do not fit, when made; for a model that they do not fit, when `fit` begins.
 
     Example:
         >>> import nfzoo
@@ -52,55 +61,116 @@ class SignalPropagation(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, x, y=None, every: str | int | Callable[[int], bool] = "epoch", taps="blocks", what=DEFAULT_WHAT,
-        log_dir=None, loss=None, definition="channel", statistics="default",
+        self, x=None, y=None, source: str = "probe", every: str | int | Callable[[int], bool] = "epoch", taps="blocks",
+        what=DEFAULT_WHAT, log_dir=None, tensorboard=None, loss=None, definition="channel", statistics="default",
     ):  # fmt: skip
         super().__init__()
         if not (every == "epoch" or callable(every) or (isinstance(every, int) and every > 0)):
             raise ValueError(
                 f'Expected every to be "epoch", a number of steps or a function. Received: every={every!r}'
             )
-        self.x, self.y, self.every = x, y, every
+        if source not in ("probe", "live"):
+            raise ValueError(f'Expected source "probe" or "live". Received: {source!r}')
+        if source == "probe" and x is None:
+            raise ValueError('Expected a probe batch x. Received: None; source="live" needs none')
+        self.x, self.y, self.every, self.source = x, y, every, source
         self.options = {"taps": taps, "what": what, "definition": definition, "statistics": statistics}
         self.loss = loss
         self.log = None if log_dir is None else SignalLog(pathlib.Path(log_dir) / "spp.jsonl")
-        self.records: list[dict] = []
+        self.board = None if tensorboard is None else _board(tensorboard)
+        self.records: list[dict] = []  # those that no log keeps
         self.probe: Probe | None = None
+        self.live: LiveSignals | None = None
+        self._measured: int | None = None
+        self._before: dict[str, np.ndarray] = {}
         self.epoch = self.step = self.start = 0
         self.steps_before = 0  # steps that the optimizer has not counted, because another one took them
 
     def table(self) -> pd.DataFrame:
-        """The records of this `fit` as a table."""
-        return pd.DataFrame(self.records)
+        """The records of this `fit`, and those that its log held before, as a table."""
+        return pd.DataFrame(self.records if self.log is None else self.log.read())
 
     def measure(self, step: int) -> None:
-        """Probe the model now, unless this step was probed already."""
-        if self.records and self.records[-1]["step"] == step:
+        """Record the state of the model now, unless this step was recorded already."""
+        if self._measured == step:
             return
+        self._measured = step
         sync(self.model)
-        records = self.probe(self.x, self.y, step=step, epoch=self.epoch)
-        self.records += records
-        if self.log is not None:
+        columns = {"step": step, "epoch": self.epoch}
+        records = self.live.read(step, columns) if self.live and step > self.start_step else self._probed(columns)
+        if self.log is None:
+            self.records += records
+        else:
             self.log.append(records)
+        if self.board is not None:
+            self.board.add(records, edges())
+
+    def _probed(self, columns: dict) -> list[dict]:
+        if self.probe is None:
+            return []
+        records = self.probe(self.x, self.y, **columns)
+        for record in records:
+            if record["kind"] == "weight" and record["layer"] in self._before:
+                record["update_to_weight"] = self._update(record["layer"])
+        self._before = {}
+        return records
+
+    def _update(self, path: str) -> float:
+        after = self._weights([path])[path]
+        return float(np.linalg.norm(after - self._before[path]) / max(np.linalg.norm(after), 1e-12))
+
+    def _weights(self, paths) -> dict[str, np.ndarray]:
+        values = {v.path: v for v in self.model.trainable_variables}
+        return {path: np.array(keras.ops.convert_to_numpy(values[path]), "float32").ravel() for path in paths}
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        detach(model)  # what a `fit` left that was interrupted
+        if self.source == "live":
+            self.live = live_signals(model, Reduction(model, **self.options))
+            attach(model, self.live)
 
     def on_train_begin(self, logs=None) -> None:
-        loss = None if self.y is None else loss_of(self.model, self.loss)
-        self.probe = Probe(self.model, loss=loss, **self.options)
-        self.step = self.start = self.steps_before + int(self.model.optimizer.iterations)
+        if self.x is not None:
+            loss = None if self.y is None else loss_of(self.model, self.loss)
+            self.probe = Probe(self.model, loss=loss, **self.options)
+        self.step = self.start = self.start_step = self.steps_before + int(self.model.optimizer.iterations)
+        self._measured = None
         if self.log is not None:
             self.log.rewind(self.step or -1)  # a start from nothing measures step 0 anew
-        if self.step == 0:
+            described = self.live or self.probe
+            write_meta(self.log.path.parent, described.reduction.describe())
+        if self.step == 0 and self.probe is not None:
             self.measure(0)
+
+    def on_train_end(self, logs=None) -> None:
+        detach(self.model)
+        self.live = None
+        if self.board is not None:
+            self.board.flush()
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
         self.epoch, self.start = epoch, self.step
+
+    def on_train_batch_begin(self, batch, logs=None) -> None:
+        """Keep the weights before a step that will be recorded: its update is told beside them."""
+        last = self.params.get("steps") or math.inf
+        ahead = min(batch + self.model.steps_per_execution, last)
+        due = ahead == last if self.every == "epoch" else any(map(self._due, self._steps(batch, ahead)))
+        if due and self.probe is not None and self.live is None and "weights" in self.options["what"]:
+            sync(self.model)
+            self._before = self._weights(self.probe.reduction.weights)
 
     def on_train_batch_end(self, batch, logs=None) -> None:
         # With steps_per_execution several steps end at once, and Keras counts the last ones full.
         before, last = self.step, self.params.get("steps") or math.inf
         self.step = self.start + min(batch + 1, last)
-        if self.every != "epoch" and any(map(self._due, range(before + 1, self.step + 1))):
+        if self.every != "epoch" and any(map(self._due, self._steps(before - self.start, self.step - self.start))):
             self.measure(self.step)
+
+    def _steps(self, begin: int, end: int) -> range:
+        """The numbers of the steps between two batches of this epoch."""
+        return range(self.start + begin + 1, self.start + int(end) + 1)
 
     def _due(self, step: int) -> bool:
         return self.every(step) if callable(self.every) else step % self.every == 0
@@ -109,3 +179,9 @@ class SignalPropagation(keras.callbacks.Callback):
         self.epoch = epoch + 1
         if self.every == "epoch":
             self.measure(self.step)
+
+
+def _board(folder: str | pathlib.Path):
+    from nfzoo.spp.board import Board  # half a second of imports that few need
+
+    return Board(folder)

@@ -12,6 +12,8 @@ import pandas as pd
 
 from nfzoo.files import atomic, to_json
 
+META = "spp_meta.json"
+
 
 class SignalLog:
     """An append-only file of JSON lines, one record each; a line cut short by a kill is ignored."""
@@ -43,6 +45,22 @@ class SignalLog:
         if self.path.exists():
             with atomic(self.path) as partial:
                 partial.write_text("".join(to_json(record) + "\n" for record in kept))
+
+
+def write_meta(folder: str | pathlib.Path, description: dict) -> None:
+    """Write what a reader of the log needs to know beside it: see `Reduction.describe`."""
+    with atomic(pathlib.Path(folder) / META) as partial:
+        partial.write_text(to_json(description))
+
+
+def read_meta(path: str | pathlib.Path) -> dict:
+    """Read the description of a log (of its file or its folder): model, layers, definitions; {} where there is none."""
+    path = pathlib.Path(path)
+    path = (path if path.is_dir() else path.parent) / META
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError:
+        raise ValueError(f"Expected a description of a log. Received: {path}, which is damaged; remove it") from None
 
 
 def read(path: str | pathlib.Path) -> pd.DataFrame:

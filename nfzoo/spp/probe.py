@@ -8,14 +8,8 @@ import numpy as np
 import pandas as pd
 from keras import ops
 
-from nfzoo import agc
 from nfzoo.backend import signals
-from nfzoo.spp.stats import resolve, statistics
-from nfzoo.spp.taps import all_layers, place, select_taps
-
-KINDS = ("activation", "weight", "effective_weight", "gradient", "weight_gradient", "parameter")
-WHAT = ("activations", "weights", "gradients", "parameters")
-DEFAULT_WHAT = ("activations", "weights", "gradients")
+from nfzoo.spp.reduction import DEFAULT_WHAT, Reduction
 
 
 class Probe:
@@ -31,25 +25,10 @@ class Probe:
     def __init__(
         self, model, taps="blocks", what=DEFAULT_WHAT, loss=None, definition="channel", statistics="default"
     ):  # fmt: skip
-        if definition not in ("channel", "poster"):
-            raise ValueError(f'Expected definition "channel" or "poster". Received: {definition!r}')
-        if unknown := set(what) - set(WHAT):
-            raise ValueError(f"Expected what to be among {WHAT}. Received: {sorted(unknown)}")
-        if not model.built or not model.layers:
-            raise ValueError(f"Expected a model that is built (call it on a batch). Received: {model.name}")
-        self.model, self.what, self.definition = model, set(what), definition
-        self.statistics = resolve(statistics)
-        layers = dict(all_layers(model))
-        self.names = select_taps(model, taps)
-        self.places = {name: place(name, layers[name]) for name in self.names}
-        self.weights = _weights(model, definition)
-        order = {id(layer): depth for depth, layer in enumerate(layers.values())}
-        self.depth = {name: depth for depth, name in enumerate(self.names)}
-        self.depth |= {path: order.get(id(layer), -1) for path, (layer, _) in self.weights.items()}
-        # What AGC would do: with the model's own settings, or with its defaults.
-        self.agc = getattr(model, "agc", None) or agc.AGC()
-        taps = {name: layers[name] for name in self.names}
-        self.run = signals(model, taps, self._loss(loss) if "gradients" in self.what else None, self._reduce)
+        self.model = model
+        self.reduction = Reduction(model, taps, what, definition, statistics)
+        loss = self._loss(loss) if "gradients" in what else None
+        self.run = signals(model, self.reduction.taps, loss, self.reduction)
 
     def _loss(self, loss) -> Callable | None:
         if loss is None:
@@ -59,82 +38,10 @@ class Probe:
         function = keras.losses.get(loss)
         return lambda x, y, outputs: ops.mean(function(y, outputs))
 
-    def _statistics(self, x, axes, flat: bool) -> dict[str, Any]:
-        return statistics(x, axes, self.definition, flat, self.statistics)
-
-    def _reduce(self, activations, weights, gradients, weight_gradients) -> dict:
-        result = {kind: {} for kind in KINDS}
-        for kind, tensors in (("activation", activations), ("gradient", gradients)):
-            if f"{kind}s" in self.what:
-                for name, x in tensors.items():
-                    result[kind][name] = self._statistics(x, None, len(x.shape) <= 2)
-        for path, (layer, axes) in self.weights.items():
-            if "weights" in self.what:
-                result["weight"][path] = self._statistics(weights[path], axes, True)
-                if hasattr(layer, "effective_kernel"):
-                    with keras.StatelessScope(_values(layer, weights)):
-                        effective = layer.effective_kernel()
-                    result["effective_weight"][path] = self._statistics(effective, axes, True)
-            if path in weight_gradients:
-                gradient = weight_gradients[path]
-                ratios = self._against_weight(gradient, weights[path], axes)
-                result["weight_gradient"][path] = {**self._statistics(gradient, axes, True), **ratios}
-        return {kind: rows for kind, rows in result.items() if rows}
-
-    def _against_weight(self, gradient, weight, axes) -> dict[str, Any]:
-        """Norm of the gradient over that of the weight, and the share of units that AGC clips (NFNet paper, eq. 3)."""
-        _, clipped = agc.clip(gradient, weight, axes, self.agc.clip_factor, self.agc.eps)
-        floor = ops.maximum(agc.unitwise_norm(weight, tuple(range(len(weight.shape)))), self.agc.eps)
-        ratio = agc.unitwise_norm(gradient, tuple(range(len(weight.shape)))) / floor
-        return {"to_weight": ops.squeeze(ratio), "agc_clipped": ops.mean(ops.cast(clipped, "float32"))}
-
     def __call__(self, x, y=None, **columns) -> list[dict]:
         """Measure; return one record per kind and layer, with `columns` (step, epoch) added."""
-        result = keras.tree.map_structure(float, self.run(x, y))
-        # A layer that is called again comes after its first call.
-        depth = lambda name: (self.depth[name.split("#")[0]], name)  # noqa: E731
-        records = [
-            {**columns, "kind": kind, "layer": name, **self._where(name), **values}
-            for kind in KINDS
-            for name, values in sorted(result.get(kind, {}).items(), key=lambda item: depth(item[0]))
-        ]
-        return records + (parameters(self.model, columns) if "parameters" in self.what else [])
-
-    def _where(self, name: str) -> dict:
-        first = name.split("#")[0]
-        return {"place": self.places.get(first, "layer"), "depth": self.depth[first]}
-
-
-def parameters(model: keras.Model, columns: dict) -> list[dict]:
-    """Scales, shifts, moving statistics of normalizations, gains and learnable scalars: mean, spread and extremes.
-
-    One record per vector or scalar; `value` is its mean (the scalar itself), such as a skip gain, Fixup's or Rescale's
-    scale by block (EUNNet, Table 7).
-    """
-    records = []
-    for depth, variable in enumerate(model.weights):
-        if len(variable.shape) < 2 and not variable.path.endswith("/bias"):
-            values = np.asarray(keras.ops.convert_to_numpy(variable), "float64")
-            numbers = {"value": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
-            kind = {**columns, "kind": "parameter", "layer": variable.path, "place": "parameter", "depth": depth}
-            records.append({**kind, **{name: float(number) for name, number in numbers.items()}})
-    return records
-
-
-def _weights(model: keras.Model, definition: str) -> dict[str, tuple[keras.Layer, tuple[int, ...]]]:
-    """Path of every trainable kernel, and gamma where the poster is followed -> its layer and its fan-in axes."""
-    owner = agc.owners(model)
-    weights = {}
-    for variable in model.trainable_variables:
-        if len(variable.shape) >= 2 or (definition == "poster" and variable.name == "gamma"):
-            layer = owner[variable.path]
-            axes = agc.fan_in_axes(layer, variable) or tuple(range(len(variable.shape) - 1))
-            weights[variable.path] = (layer, axes)
-    return weights
-
-
-def _values(layer: keras.Layer, weights: dict) -> list[tuple]:
-    return [(v, weights[v.path]) for v in layer.trainable_variables if v.path in weights]
+        result = keras.tree.map_structure(lambda value: np.asarray(value).tolist(), self.run(x, y))
+        return self.reduction.records(result, columns)
 
 
 def snapshot(

@@ -6,107 +6,217 @@ With `definition="poster"` tensors of rank 2 or less, and all weights, are taken
 mean(x^2) and acv the variance over everything, as in the poster's figures.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
+from nfzoo import backend
+
 STATS: dict[str, Callable] = {}
-# What a plot of Brock et al. needs; the rest is for the asking, and costs a pass over every tensor each.
+# What a plot of Brock et al. needs; the rest is for the asking.
 DEFAULT = ("acsm", "acv", "second_moment")
+# Lists, not numbers: a bin each, and a list of bins per channel.
+HISTOGRAMS = ("histogram", "channel_histogram")
+
+_DECADES = (-8, 3)
+_PER_DECADE = 8
+_SAMPLE = 1 << 14
+
+
+def edges() -> np.ndarray:
+    """Edges between the fixed bins of the histograms: symmetric, eight per decade of |x| from 1e-8 to 1e3.
+
+    What is smaller than the least edge, zero included, falls into the middle bin; the first and last bins are open.
+
+    Example:
+        >>> edges().shape, float(edges()[-1])
+        ((178,), 1000.0)
+    """
+    positive = 10.0 ** np.linspace(*_DECADES, _PER_DECADE * (_DECADES[1] - _DECADES[0]) + 1)
+    return np.concatenate([-positive[::-1], positive])
+
+
+class Signal:
+    """One tensor as the statistics see it: entries by channel, and what several statistics share, computed once.
+
+    Attributes:
+        entries: the tensor as a matrix, a column for each channel.
+        mean, variance: of each channel (population variance).
+        standardized: the entries with the mean of their channel taken off, over its standard deviation.
+        low, high: least and largest entry of each channel.
+    """
+
+    def __init__(self, x: Any, axes: Sequence[int]):
+        rank = len(x.shape)
+        order = (*axes, *(axis for axis in range(rank) if axis not in axes))
+        x = x if order == tuple(range(rank)) else ops.transpose(x, order)
+        channels = math.prod(x.shape[len(axes) :])
+        self.entries = ops.reshape(x, (-1, channels))
+
+    @cached_property
+    def _moments(self) -> tuple[Any, Any, Any]:
+        return backend.column_moments(self.entries)
+
+    @property
+    def mean(self) -> Any:
+        return self._moments[0]
+
+    @property
+    def variance(self) -> Any:
+        return self._moments[1]
+
+    @property
+    def standardized(self) -> Any:
+        return self._moments[2]
+
+    @cached_property
+    def low(self) -> Any:
+        return ops.min(self.entries, axis=0)
+
+    @cached_property
+    def high(self) -> Any:
+        return ops.max(self.entries, axis=0)
+
+    @cached_property
+    def sample(self) -> Any:
+        """Some 16,000 entries, of evenly spaced rows: enough to count shares to half a percent."""
+        rows, channels = self.entries.shape
+        # In a training step the number of examples may be unknown; then all entries count.
+        return self.entries if rows is None else self.entries[:: max(1, rows * channels // _SAMPLE)]
 
 
 def statistic(function: Callable) -> Callable:
-    """Register a statistic: a function (x, axes) -> scalar tensor; its name becomes a column of the log.
+    """Register a statistic: a function of a `Signal` -> scalar tensor; its name becomes a column of the log.
 
-    Args:
-        function: `x` is any tensor, `axes` those within a channel.
+    The first line of its docstring is its definition in the report.
 
     Example:
         >>> @statistic
-        ... def largest(x, axes):
-        ...     return ops.max(ops.abs(x))
-        >>> float(STATS.pop("largest")(ops.array([1.0, -3.0]), (0,)))
+        ... def largest(signal):
+        ...     'Largest absolute value.'
+        ...     return ops.max(ops.abs(signal.entries))
+        >>> float(STATS.pop("largest")(Signal(ops.array([1.0, -3.0]), (0,))))
         3.0
     """
     STATS[function.__name__] = function
     return function
 
 
-def _variance(x: Any, axes: Sequence[int], keepdims: bool = False) -> Any:
-    return ops.mean(ops.square(x - ops.mean(x, axis=axes, keepdims=True)), axis=axes, keepdims=keepdims)
-
-
 @statistic
-def acsm(x: Any, axes: Sequence[int]) -> Any:
+def acsm(signal: Signal) -> Any:
     """Average channel squared mean (NF-ResNet paper, arXiv 2101.08692, section 3)."""
-    return ops.mean(ops.square(ops.mean(x, axis=axes)))
+    return ops.mean(ops.square(signal.mean))
 
 
 @statistic
-def acv(x: Any, axes: Sequence[int]) -> Any:
+def acv(signal: Signal) -> Any:
     """Average channel variance (NF-ResNet paper, section 3); of a residual branch: RACV."""
-    return ops.mean(_variance(x, axes))
+    return ops.mean(signal.variance)
 
 
 @statistic
-def second_moment(x: Any, axes: Sequence[int]) -> Any:
-    """Mean of x^2 over everything; with the mean over channels first, it is acsm + acv."""
-    return ops.mean(ops.square(x))
+def second_moment(signal: Signal) -> Any:
+    """Mean of x² over everything; the sum of the average channel's squared mean and variance."""
+    return ops.mean(ops.square(signal.mean) + signal.variance)
 
 
 @statistic
-def mean(x: Any, axes: Sequence[int]) -> Any:
+def mean(signal: Signal) -> Any:
     """Mean over everything."""
-    return ops.mean(x)
+    return ops.mean(signal.mean)
 
 
 @statistic
-def norm(x: Any, axes: Sequence[int]) -> Any:
+def norm(signal: Signal) -> Any:
     """Euclidean norm of the whole tensor."""
-    return ops.sqrt(ops.sum(ops.square(x)))
+    size = ops.cast(ops.size(signal.entries), signal.entries.dtype)
+    return ops.sqrt(size * second_moment(signal))
 
 
 @statistic
-def kurtosis(x: Any, axes: Sequence[int]) -> Any:
-    """Fourth standardized moment, averaged over channels: 3 for a normal distribution."""
-    centred = x - ops.mean(x, axis=axes, keepdims=True)
-    variance = ops.mean(ops.square(centred), axis=axes)
-    return ops.mean(ops.mean(centred**4, axis=axes) / ops.maximum(variance**2, 1e-24))
+def kurtosis(signal: Signal) -> Any:
+    """Fourth standardized moment, averaged over channels: 3 for a normal distribution, 0 for a constant channel."""
+    # Standardized first: the fourth power of a small gradient is less than float32 can say.
+    return ops.mean(ops.square(ops.square(signal.standardized)))
 
 
 @statistic
-def nonzero(x: Any, axes: Sequence[int]) -> Any:
-    """Share of entries that are not zero (EUNNet, Figure 5)."""
-    return ops.mean(ops.cast(ops.not_equal(x, 0), "float32"))
+def nonzero(signal: Signal) -> Any:
+    """Share of entries that are not zero (EUNNet, arXiv 2010.04560, Figure 5)."""
+    return ops.mean(ops.cast(ops.not_equal(signal.entries, 0), "float32"))
 
 
 @statistic
-def dead(x: Any, axes: Sequence[int]) -> Any:
+def dead(signal: Signal) -> Any:
     """Share of channels that are zero everywhere."""
-    return ops.mean(ops.cast(ops.equal(ops.max(ops.abs(x), axis=axes), 0), "float32"))
+    return ops.mean(ops.cast(ops.logical_and(ops.equal(signal.low, 0), ops.equal(signal.high, 0)), "float32"))
 
 
 @statistic
-def saturated(x: Any, axes: Sequence[int]) -> Any:
-    """Share of entries within 1 % of the channel's range from its largest or smallest value: a sigmoid at its ends."""
-    low, high = ops.min(x, axis=axes, keepdims=True), ops.max(x, axis=axes, keepdims=True)
-    margin = 0.01 * (high - low)
-    return ops.mean(ops.cast(ops.logical_or(x >= high - margin, x <= low + margin), "float32"))
+def saturated(signal: Signal) -> Any:
+    """Share of a sample's entries within 1 % of the channel's range from its ends: a sigmoid or tanh that is stuck."""
+    middle, reach = (signal.high + signal.low) / 2, 0.49 * (signal.high - signal.low)
+    return ops.mean(ops.cast(ops.abs(signal.sample - middle) >= reach, "float32"))
+
+
+@statistic
+def histogram(signal: Signal) -> Any:
+    """Share of entries in each of the fixed bins of `edges`, of a sample of some 16,000 entries."""
+    bins = ops.reshape(_bins(signal.sample), (-1,))
+    counts = ops.segment_sum(ops.ones_like(bins, dtype="float32"), bins, len(edges()) + 1)
+    return counts / ops.sum(counts)
+
+
+@statistic
+def channel_histogram(signal: Signal) -> Any:
+    """Share of a channel's entries in each of the fixed bins of `edges`, a list for each channel, of all entries."""
+    number, channels = len(edges()) + 1, signal.entries.shape[1]
+    bins = ops.reshape(_bins(signal.entries) + number * ops.arange(channels, dtype="int32"), (-1,))
+    counts = ops.segment_sum(ops.ones_like(bins, dtype="float32"), bins, number * channels)
+    counts = ops.reshape(counts, (channels, number))
+    return counts / ops.sum(counts, axis=1, keepdims=True)
+
+
+def _bins(x: Any) -> Any:
+    """Index of the bin of each entry: 0 the most negative, the middle one for what is about zero."""
+    magnitude = ops.abs(x)
+    positive = ops.log10(ops.maximum(magnitude, 10.0 ** _DECADES[0])) - _DECADES[0]
+    most = len(edges()) // 2
+    index = ops.clip(ops.floor(positive * _PER_DECADE) + 1, 1, most)
+    index = ops.where(magnitude < 10.0 ** _DECADES[0], 0.0, index) * ops.sign(x)
+    return ops.cast(index, "int32") + most
 
 
 def resolve(names: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of statistics: "default", "all", or some of `STATS`.
+    """Names of statistics: "default", "all" (but for the histograms of every channel), or some of `STATS`.
 
     Raises:
         ValueError: for a name that is not in the table.
     """
     if isinstance(names, str):
-        names = {"default": DEFAULT, "all": tuple(STATS)}.get(names, (names,))
+        every = tuple(name for name in STATS if name != "channel_histogram")
+        names = {"default": DEFAULT, "all": every}.get(names, (names,))
     if unknown := set(names) - STATS.keys():
         raise ValueError(f'Expected statistics "default", "all", or some of {", ".join(STATS)}. Received: {unknown}')
     return tuple(names)
+
+
+def definitions(names: Sequence[str], definition: str = "channel") -> dict[str, str]:
+    """What each statistic is, in a sentence.
+
+    Example:
+        >>> definitions(["mean"])
+        {'mean': 'Mean over everything.'}
+    """
+    told = {name: ((STATS[name].__doc__ or "").strip().splitlines() or [""])[0] for name in names}
+    if definition == "poster" and "acsm" in told:
+        told["acsm"] += " Of weights and of tensors of rank 2 or less, as in the poster: the mean of x²."
+    return told
 
 
 def statistics(x: Any, axes=None, definition: str = "channel", flat: bool = False, names=DEFAULT) -> dict[str, Any]:
@@ -120,7 +230,6 @@ def statistics(x: Any, axes=None, definition: str = "channel", flat: bool = Fals
         names: which ones, of `STATS`.
 
     Example:
-        >>> import numpy as np
         >>> {k: float(v) for k, v in statistics(np.array([[1.0, 3.0], [1.0, 5.0]])).items()}
         {'acsm': 8.5, 'acv': 0.5, 'second_moment': 9.0}
     """
@@ -129,8 +238,8 @@ def statistics(x: Any, axes=None, definition: str = "channel", flat: bool = Fals
         x = ops.cast(x, "float32")
     everything = tuple(range(len(x.shape)))
     poster = definition == "poster" and flat
-    axes = everything if poster else everything[:-1] if axes is None else axes
-    result = {name: STATS[name](x, axes) for name in names}
+    signal = Signal(x, everything if poster else everything[:-1] if axes is None else axes)
+    result = {name: STATS[name](signal) for name in names}
     if poster and "acsm" in result:
-        result["acsm"] = second_moment(x, axes)
+        result["acsm"] = second_moment(signal)
     return result
