@@ -219,6 +219,7 @@ class NF(Words):
     gamma_in: str = "activation"
     epsilon: float = 1e-4
     epsilon_mode: str = "clamp"
+    standardize: bool = True
 
     @classmethod
     def conventions(cls, dialect: str) -> dict:
@@ -227,6 +228,8 @@ class NF(Words):
         return {"epsilon": 1e-5, "epsilon_mode": "add", "gamma_in": "kernel", "skip_gain": None, "last_gain": 0.0}
 
     def conv(self, x, filters: int, kernel: int, site: Site, strides=1, groups=1, padding="same"):
+        if not self.standardize:
+            return super().conv(x, filters, kernel, site, strides, groups, padding)
         raw, fan_in = self.std(site, kernel**2, x.shape[-1], filters, groups) ** 2, kernel**2 * x.shape[-1] // groups
         shrunk = raw / (raw + self.epsilon) if self.epsilon_mode == "add" else min(1.0, raw * fan_in / self.epsilon)
         gamma = numerics.gamma(self.activation) if self.gamma_in == "kernel" else 1.0
@@ -237,7 +240,8 @@ class NF(Words):
         return self.note(site.name("conv"), convolve(x, filters, effective, kernel, **options))
 
     def act(self, x, site: Site):
-        gamma = numerics.gamma(self.activation) if self.gamma_in == "activation" else 1.0
+        scaled = self.gamma_in == "activation" and self.standardize
+        gamma = numerics.gamma(self.activation) if scaled else 1.0
         return self.note(site.name("act"), activate(x, FUNCTIONS[self.activation]).scaled(gamma))
 
     def enter(self, x, site: Site):
