@@ -1,0 +1,130 @@
+"""What signal propagation should look like at initialisation, computed without a network: no Keras here.
+
+`profile` gives the expected statistics of every layer of a model of this zoo as a table like a log's, so that whatever
+draws a log draws the theory beside it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import pandas as pd
+
+from nfzoo import names
+from nfzoo.models.sites import Site
+from nfzoo.theory.moments import Moments
+from nfzoo.theory.words import WORDS, Words
+
+__all__ = ["Moments", "of_run", "profile"]
+
+
+def profile(
+    model: str, build: Mapping[str, Any] | None = None, *, input_shape: tuple | None = None,
+    batch: int | None = None, stem: tuple[float, float] | None = None, classes: int | None = None,
+    definition: str = "channel",
+) -> pd.DataFrame:  # fmt: skip
+    """Compute the expected statistics of every layer and kernel of a freshly initialised model.
+
+    The image is white noise of mean 0 and variance 1. For a pre-activation network this comes to the papers' rules:
+    NF starts each stage at 1 + alpha^2 and adds alpha^2 per block; BN starts it at 2r and adds r, with
+    r = 1 - 1/pi in the order BN-ReLU-Conv and 2 in the order ReLU-BN-Conv (He's weights); an unnormalised network
+    doubles its second moment in every block.
+
+    Args:
+        model: name of a model, or an alias.
+        build: overrides as of `nfzoo.build`.
+        input_shape: (height, width, channels) of the image, to count what borders padded with zeros take; default: a
+            map so large that they take nothing.
+        batch: number of examples measured, to count how far the mean over them is from the expected one.
+        stem: measured (acsm, acv) after the stem, to go on from there: photos are no white noise.
+        classes: units of the classifier; default: the architecture's.
+        definition: as of `nfzoo.SignalPropagation`; "poster" takes weights and dense layers as flat vectors.
+
+    Returns:
+        A row per layer that has moments of its own: step 0, epoch 0, kind ("activation", "weight",
+        "effective_weight"), layer, depth (counted here), mean, acsm, acv, second_moment, nonzero.
+
+    Raises:
+        ValueError: for an unknown model or definition.
+
+    Example:
+        >>> table = profile("nf_resnet50", {"skip_gain": 1.0, "stem": "small"})
+        >>> table[table.layer == "stage2_block3_out"].acv.round(2).tolist()  # 1 + 3 alpha^2
+        [1.12]
+
+    References: De & Smith 2020 (arXiv 2002.10444); NF-ResNet paper (arXiv 2101.08692), sections 3 and 4; Poole et al.
+    2016 (arXiv 1606.05340).
+    """
+    if definition not in ("channel", "poster"):
+        raise ValueError(f'Expected definition "channel" or "poster". Received: definition={definition!r}')
+    name = names.parse(model)
+    words, spec = _resolve(name, dict(build or {}))
+    words.stem = stem
+    plain = not hasattr(spec, "stem")  # a network without convolutions needs the number of its inputs
+    shape = input_shape or (spec.input_shape if plain else (None, None, 3))
+    x, _ = names.FAMILIES[name.family].body(spec, words, Moments((batch, *shape)))
+    words.head(words.leave(x, Site("top", role="top")), classes or spec.classes, spec.head_scheme)
+    rows = [("activation", layer, _of_map(x, definition)) for layer, x in words.maps.items()]
+    for path, (raw, effective, fan_in) in words.kernels.items():
+        rows.append(("weight", path, _of_kernel(raw, 1 / fan_in, definition)))
+        if effective is not None:  # standardized: no mean is left
+            rows.append(("effective_weight", path, _of_kernel(effective, 0.0, definition)))
+    columns = {"step": 0, "epoch": 0}
+    return pd.DataFrame(
+        [{**columns, "kind": k, "layer": layer, "depth": i, **row} for i, (k, layer, row) in enumerate(rows)]
+    )
+
+
+def of_run(options: Mapping[str, Any], **known: Any) -> pd.DataFrame | None:
+    """The theory of a run, by its options.json; None for a model that is not of this zoo.
+
+    Args:
+        options: content of options.json ("model", "build", "images").
+        **known: of `profile`.
+
+    Example:
+        >>> of_run({"model": "bn_resnet50", "build": {}}).kind.unique().tolist()
+        ['activation', 'weight']
+        >>> of_run({"model": "my_net"}) is None
+        True
+    """
+    model, build = options.get("model"), options.get("build") or {}
+    if model not in names.table() and model not in names.aliases():
+        return None
+    constants = options.get("images") or {}
+    return profile(model, build, **({"classes": len(constants["classes"])} if constants.get("classes") else {}) | known)
+
+
+def _resolve(name: names.Name, build: dict) -> tuple[Words, Any]:
+    """Resolve the words and the spec in the order of `nfzoo.names.resolve_fields`, which makes Keras' layers."""
+    kind, module = WORDS[name.variant], names.FAMILIES[name.family]
+    given = dict(name.overrides) | build
+
+    def of(thing, values):
+        known = {field.name for field in fields(thing)}
+        return {key: value for key, value in values.items() if key in known}
+
+    spec = replace(name.spec, **of(name.spec, given))
+    implied = module.conventions(spec, name.variant)
+    implied = kind.conventions(implied.get("dialect") or spec.dialect) | implied
+    spec = replace(name.spec, **of(name.spec, implied | given))
+    words = kind(**of(kind, implied | given))
+    words.activation = words.activation or spec.activation
+    return words, spec
+
+
+def _of_map(x: Moments, definition: str) -> dict[str, float]:
+    # The mean over n values scatters by their variance / n, which a measured variance then lacks.
+    found = 0.0 if None in x.shape else x.acv / math.prod(x.shape[:-1])
+    values = {"mean": x.mean, "acsm": x.acsm + found, "acv": x.acv - found}
+    if definition == "poster" and len(x.shape) == 2:
+        values |= {"acsm": x.second_moment, "acv": x.second_moment - x.mean**2}
+    return {**values, "second_moment": x.second_moment, "nonzero": x.nonzero}
+
+
+def _of_kernel(variance: float, mean_share: float, definition: str) -> dict[str, float]:
+    """Statistics of weights whose units have a squared mean of `mean_share` of the variance, expected."""
+    flat = definition == "poster"
+    acsm, acv = (variance, variance) if flat else (variance * mean_share, variance * (1 - mean_share))
+    return {"mean": 0.0, "acsm": acsm, "acv": acv, "second_moment": variance, "nonzero": float(variance > 0)}

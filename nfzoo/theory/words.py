@@ -1,0 +1,340 @@
+"""The words of `nfzoo.variants`, read as statements on moments instead of tensors; no Keras.
+
+A family writes its body in the words of a variant (`conv`, `norm`, `act`, `merge`, …). Given the words of this file it
+computes, with the same code that builds the network, what every layer is expected to show at initialisation. A class
+here has those fields of its variant that matter for that; tests hold the defaults equal.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+
+from nfzoo import numerics
+from nfzoo.models.sites import Site
+from nfzoo.theory.moments import FUNCTIONS, Moments, activate, average_pool, convolve, gate, max_pool, normalize
+
+
+@dataclass
+class Words:
+    """No normalization; see `nfzoo.variants.Variant` for the fields.
+
+    Attributes:
+        maps: layer name -> moments of its output, in the order of the network.
+        kernels: variable path -> (variance of the weights, that of the effective weights or None, fan-in).
+        stem: what is known of the stem's output, (acsm, acv), to go on from that instead.
+    """
+
+    activation: str | None = None
+    init: str = "he_fan_out"
+    maps: dict[str, Moments] = field(default_factory=dict, repr=False)
+    kernels: dict[str, tuple] = field(default_factory=dict, repr=False)
+    stem: tuple[float, float] | None = None
+
+    @classmethod
+    def conventions(cls, dialect: str) -> dict:
+        """Fields that differ between the implementations that a dialect names."""
+        return {}
+
+    def note(self, name: str, x: Moments) -> Moments:
+        """Keep the moments of a layer's output."""
+        self.maps[name] = x
+        return x
+
+    # ------------------------------------------------------------ weight layers
+    def std(self, site: Site, receptive: int, inputs: int, outputs: int, groups: int = 1) -> float:
+        return numerics.init_std(self.init, receptive, inputs, outputs, groups)
+
+    def before(self, x: Moments, site: Site) -> Moments:
+        return x
+
+    def linear(self, x: Moments, outputs: int, name: str, std: float, kernel=1, groups=1, **options) -> Moments:
+        """A convolution or a dense layer."""
+        fan_in = kernel ** (len(x.shape) - 2) * x.shape[-1] // groups
+        self.kernels[f"{name}/kernel"] = (std**2, None, fan_in)
+        return self.note(name, convolve(x, outputs, std**2, kernel, groups=groups, **options))
+
+    def conv(self, x, filters: int, kernel: int, site: Site, strides=1, groups=1, padding="same"):
+        x, std = self.before(x, site), self.std(site, kernel**2, x.shape[-1], filters, groups)
+        return self.linear(x, filters, site.name("conv"), std, kernel, groups, stride=strides, padding=padding)
+
+    def depthwise(self, x, kernel: int, site: Site, strides=1, padding="same"):
+        return self.conv(x, x.shape[-1], kernel, site, strides, x.shape[-1], padding)
+
+    def dense(self, x, units: int, site: Site):
+        return self.linear(x, units, site.name("linear"), self.std(site, 1, x.shape[-1], units))
+
+    # ------------------------------------------------------------ between them
+    def flatten(self, x):
+        return Moments((x.shape[0], math.prod(x.shape[1:])), x.mean, x.acsm, x.acv, x.nonzero)
+
+    def tap(self, x, name: str):
+        if name == "stem_out" and self.stem:
+            acsm, acv = self.stem
+            mean = x.mean * math.sqrt(acsm / x.acsm) if x.acsm else 0.0
+            x = x.like(mean, acsm, acv, x.nonzero)
+        return self.note(name, x)
+
+    def max_pool(self, x, size: int, strides: int, padding: str, site: Site, zeros: bool = False):
+        return self.note(site.name("pool"), max_pool(x, size, strides))
+
+    def average(self, x, size: int, site: Site):
+        return self.note(site.name("pool"), average_pool(x, size))
+
+    def subsample(self, x, strides: int, site: Site):
+        return x.strided(strides)
+
+    def pad_channels(self, x, channels: int, site: Site):
+        return self.note(site.name("pad"), x.padded(channels))
+
+    def norm(self, x, site: Site):
+        return x
+
+    def act(self, x, site: Site):
+        return self.note(site.name("act"), activate(x, FUNCTIONS[self.activation]))
+
+    # ------------------------------------------------------------ attention
+    gate_gain: ClassVar[float] = 1.0
+
+    def squeeze_excite(self, x, hidden: int, kind: str | None, site: Site):
+        at, channels = Site(f"{site.prefix}_se"), x.shape[-1]
+        inner = self.linear(x.pooled(), hidden, at.name("reduce"), self.std(at, 1, channels, hidden))
+        inner = activate(inner, FUNCTIONS[kind or self.activation])
+        logits = self.linear(inner, channels, at.name("expand"), self.std(at, 1, hidden, channels))
+        return self.note(at.prefix, self.gated(x, logits))
+
+    def channel_attention(self, x, site: Site):
+        at, kernel = Site(f"{site.prefix}_eca"), numerics.eca_kernel(x.shape[-1])
+        self.kernels[f"{at.name('conv')}/kernel"] = (1 / kernel, None, kernel)
+        return self.note(at.prefix, self.gated(x, replace(x.pooled(), mean=0.0)))
+
+    def gated(self, x: Moments, logits: Moments) -> Moments:
+        return gate(x, logits, FUNCTIONS["sigmoid"]).scaled(self.gate_gain)
+
+    # ------------------------------------------------------------ residual branch
+    def enter(self, x, site: Site):
+        return x
+
+    def identity(self, x, entered):
+        return x
+
+    def exit(self, x, site: Site):
+        return x
+
+    def weigh(self, site: Site) -> tuple[float, float]:
+        """Weights of skip and branch."""
+        return 1.0, 1.0
+
+    def merge(self, skip, branch, site: Site, kind: str = "out"):
+        a, b = self.weigh(site)
+        return self.note(site.name(kind), skip.plus(branch, a, b))
+
+    def drop_path(self, x, rate: float, rescale: bool, site: Site):
+        if not rate:
+            return x
+        keep = 1 - rate
+        second, factor = (x.second_moment / keep, 1.0) if rescale else (x.second_moment * keep, keep)
+        acsm = factor**2 * x.acsm
+        return x.like(factor * x.mean, acsm, second - acsm)
+
+    # ------------------------------------------------------------ the end of the network
+    def leave(self, x, site: Site):
+        return x
+
+    def head(self, x, units: int, scheme: str = "small") -> None:
+        """Note the classifier's weights."""
+        stds: dict[str, Callable[[], float]] = {
+            "hidden": lambda: self.std(Site("head", role="top"), 1, x.shape[-1], units),
+            "zeros": lambda: 0.0,
+            "small": lambda: self.head_std(x.shape[-1], units),
+        }
+        self.kernels["head/kernel"] = (stds[scheme]() ** 2, None, x.shape[-1])
+
+    def head_std(self, inputs: int, units: int) -> float:
+        return 0.01 if self.init == "poster" else math.sqrt(1 / (3 * units))
+
+
+@dataclass
+class BN(Words):
+    """Batch normalization."""
+
+    last_gamma: float = 1.0
+
+    def norm(self, x, site: Site):
+        factor = self.last_gamma if site.role == "last" else 1.0
+        return self.note(site.name("norm"), self.normalized(x).scaled(factor))
+
+    def normalized(self, x: Moments) -> Moments:
+        return normalize(x, "channel")
+
+
+@dataclass
+class GN(BN):
+    """Group normalization."""
+
+    groups: int = 32
+
+    def normalized(self, x: Moments) -> Moments:
+        return normalize(x, "group", x.shape[-1] // math.gcd(self.groups, x.shape[-1]))
+
+
+@dataclass
+class SN(Words):
+    """Self-normalizing."""
+
+    activation: str | None = "selu"
+    init: str = "lecun"
+    magnitude_preserving: bool = True
+
+    def squeeze_excite(self, x, hidden: int, kind: str | None, site: Site):
+        return super().squeeze_excite(x, hidden, None, site)
+
+    def gated(self, x: Moments, logits: Moments) -> Moments:
+        return gate(x, logits, _preserving) if self.magnitude_preserving else super().gated(x, logits)
+
+    def weigh(self, site: Site) -> tuple[float, float]:
+        return numerics.magnitude_preserving_weights() if self.magnitude_preserving else (1.0, 1.0)
+
+    def head_std(self, inputs: int, units: int) -> float:
+        return 0.01
+
+
+def _preserving(z: np.ndarray) -> np.ndarray:
+    open_ = FUNCTIONS["sigmoid"](z)
+    return open_ / np.sqrt((1 - open_) ** 2 + open_**2)
+
+
+@dataclass
+class NF(Words):
+    """Normalizer-free: scaled weight standardization and branches of known variance."""
+
+    gate_gain: ClassVar[float] = 2.0
+
+    init: str = "lecun"
+    alpha: float = 0.2
+    skip_gain: float | None = 0.0
+    last_gain: float = 1.0
+    gamma_in: str = "activation"
+    epsilon: float = 1e-4
+    epsilon_mode: str = "clamp"
+    standardize: bool = True
+
+    @classmethod
+    def conventions(cls, dialect: str) -> dict:
+        if dialect != "timm":
+            return {}
+        return {"epsilon": 1e-5, "epsilon_mode": "add", "gamma_in": "kernel", "skip_gain": None, "last_gain": 0.0}
+
+    def conv(self, x, filters: int, kernel: int, site: Site, strides=1, groups=1, padding="same"):
+        if not self.standardize:
+            return super().conv(x, filters, kernel, site, strides, groups, padding)
+        raw, fan_in = self.std(site, kernel**2, x.shape[-1], filters, groups) ** 2, kernel**2 * x.shape[-1] // groups
+        shrunk = raw / (raw + self.epsilon) if self.epsilon_mode == "add" else min(1.0, raw * fan_in / self.epsilon)
+        gamma = numerics.gamma(self.activation) if self.gamma_in == "kernel" else 1.0
+        gain = gamma * (self.last_gain if site.role == "last" else 1.0)
+        effective = gain**2 * shrunk / fan_in
+        self.kernels[f"{site.name('conv')}/kernel"] = (raw, effective, fan_in)
+        options = {"stride": strides, "padding": padding, "groups": groups, "standardized": True}
+        return self.note(site.name("conv"), convolve(x, filters, effective, kernel, **options))
+
+    def act(self, x, site: Site):
+        scaled = self.gamma_in == "activation" and self.standardize
+        gamma = numerics.gamma(self.activation) if scaled else 1.0
+        return self.note(site.name("act"), activate(x, FUNCTIONS[self.activation]).scaled(gamma))
+
+    def enter(self, x, site: Site):
+        return x.scaled(1 / numerics.residual_std(site.merges, self.alpha))
+
+    def weigh(self, site: Site) -> tuple[float, float]:
+        return 1.0, self.alpha * (1.0 if self.skip_gain is None else self.skip_gain)
+
+    def head_std(self, inputs: int, units: int) -> float:
+        return 0.01
+
+
+@dataclass
+class _Residual(Words):
+    """What Fixup, SkipInit, Rescale and EUN share: the weights of skip and branch."""
+
+    initial_scale: ClassVar[float] = 1.0
+
+    init: str = "he"
+    scale: bool = True
+    alpha_beta: bool = False
+
+    def weigh(self, site: Site) -> tuple[float, float]:
+        a, b = numerics.rescale_weights(site.block, site.blocks) if self.alpha_beta else (1.0, 1.0)
+        return a, b * (self.initial_scale if self.scale else 1.0)
+
+    def head_std(self, inputs: int, units: int) -> float:
+        return 0.0
+
+
+@dataclass
+class Fixup(_Residual):
+    """Fixup: branches start at zero through their last layer."""
+
+    @classmethod
+    def conventions(cls, dialect: str) -> dict:
+        return {}
+
+    def std(self, site: Site, receptive: int, inputs: int, outputs: int, groups: int = 1) -> float:
+        factor = {"last": 0.0, "branch": numerics.fixup_factor(site.blocks, site.convs) if site.role == "branch" else 1}
+        return factor.get(site.role, 1.0) * super().std(site, receptive, inputs, outputs, groups)
+
+
+@dataclass
+class SkipInit(_Residual):
+    """SkipInit: a scalar, zero at the start, on every branch."""
+
+    initial_scale: ClassVar[float] = 0.0
+
+
+@dataclass
+class Rescale(_Residual):
+    """RescaleNet: weights of skip and branch whose squares sum to 1, and channels centred on their first batches."""
+
+    alpha_beta: bool = True
+    prebias: bool = True
+
+    def std(self, site: Site, receptive: int, inputs: int, outputs: int, groups: int = 1) -> float:
+        scheme = "lecun" if site.role == "shortcut" else self.init
+        std = numerics.init_std(scheme, receptive, inputs, outputs, groups)
+        shrunk = self.alpha_beta and site.role in ("branch", "last")
+        return std * numerics.rescale_factor(site.block, site.blocks, site.convs) if shrunk else std
+
+    def _centred(self, x: Moments) -> Moments:
+        return normalize(x, "centre") if self.prebias else x
+
+    def before(self, x, site: Site):
+        return x if site.role == "stem" else self._centred(x)
+
+    def conv(self, x, filters: int, kernel: int, site: Site, strides=1, groups=1, padding="same"):
+        x = super().conv(x, filters, kernel, site, strides, groups, padding)
+        return self._centred(x) if site.role == "stem" else x
+
+    def head_std(self, inputs: int, units: int) -> float:
+        return inputs**-0.5
+
+
+@dataclass
+class EUN(_Residual):
+    """EUN: every convolution standardizes its input."""
+
+    alpha_beta: bool = True
+    statistics: str = "whole_tensor"
+
+    def before(self, x, site: Site):
+        kinds = {"whole_tensor": "tensor", "channel_l2": "l2", "per_channel_batch": "channel"}
+        return normalize(x, kinds[self.statistics])
+
+    def head_std(self, inputs: int, units: int) -> float:
+        return inputs**-0.5
+
+
+WORDS: dict[str, type[Words]] = {
+    "none": Words, "bn": BN, "gn": GN, "sn": SN, "nf": NF,
+    "fixup": Fixup, "skipinit": SkipInit, "rescale": Rescale, "eun": EUN,
+}  # fmt: skip
