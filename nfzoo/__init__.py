@@ -26,6 +26,7 @@ _HOME = {
 }
 _MODULES = (
     "agc",
+    "alarms",
     "convert",
     "data",
     "engine",
@@ -34,6 +35,7 @@ _MODULES = (
     "numerics",
     "plots",
     "recipes",
+    "report",
     "spp",
     "tune",
     "weights",

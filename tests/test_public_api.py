@@ -7,6 +7,7 @@ import pytest
 import nfzoo
 from nfzoo import (
     agc,
+    alarms,
     callbacks,
     cli,
     data,
@@ -17,6 +18,7 @@ from nfzoo import (
     plots,
     recipes,
     registry,
+    report,
     spp,
     trainer,
     tune,
@@ -26,8 +28,8 @@ from nfzoo import (
 from nfzoo.models import sites
 
 MODULES = [
-    agc, callbacks, cli, data, engine, export, layers, numerics, plots, recipes, registry, sites, spp, trainer, tune,
-    variants, weights,
+    agc, alarms, callbacks, cli, data, engine, export, layers, numerics, plots, recipes, registry, report, sites, spp,
+    trainer, tune, variants, weights,
 ]  # fmt: skip
 
 
@@ -41,9 +43,9 @@ def test_all_is_sorted_and_resolves():
 
 def test_what_is_public():
     assert nfzoo.__all__ == [
-        "AGC", "NFModel", "SignalPropagation", "agc", "build", "convert", "data", "engine", "export", "layers",
-        "list_models", "model_info", "numerics", "plots", "recipes", "register_model", "set_head", "spp", "tune",
-        "weights",
+        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "build", "convert", "data", "engine", "export",
+        "layers", "list_models", "model_info", "numerics", "plots", "recipes", "register_model", "report", "set_head",
+        "spp", "tune", "weights",
     ]  # fmt: skip
 
 
