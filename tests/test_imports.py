@@ -48,7 +48,7 @@ def test_frameworks_stay_in_their_files():
     "name",
     ["numerics.py", "recipes.py", "sources.py", "models/sites.py", "models/efficientnet.py", "fetch.py", "alarms.py"]
     + [f"theory/{name}.py" for name in ("__init__", "moments", "pair", "words")]
-    + [f"plots/{name}.py" for name in ("__init__", "animation", "draw", "figures", "select", "style", "training")]
+    + [f"plots/{name}.py" for name in ("__init__", "animation", "drawing", "figures", "select", "style", "training")]
     + [f"report/{name}.py" for name in ("__init__", "contents", "quantities")],
 )
 def test_tables_and_numbers_need_no_keras(name):

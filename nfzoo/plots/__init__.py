@@ -1,6 +1,6 @@
 """Pictures from logs and tables only; no Keras here.
 
-A selection of a log (`select.py`) is drawn on axes (`draw.py`) in one style (`style.py`); the figures (`figures.py`)
+A selection of a log (`select.py`) is drawn on axes (`drawing.py`) in one style (`style.py`); the figures (`figures.py`)
 compose that, and `FIGURES` names them. `animation.py` films them; `training.py` draws histories and scans.
 """
 
@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nfzoo.plots.animation import animate, frames
-from nfzoo.plots.draw import by_depth, heat, over_time
+from nfzoo.plots.drawing import by_depth, heat, over_time
 from nfzoo.plots.figures import (
     PAPER,
     POSTER,

@@ -1,4 +1,4 @@
-"""The figures: each composes the drawings of `draw.py`. From tables only.
+"""The figures: each composes the drawings of `drawing.py`. From tables only.
 
 All take `logs`, {title: table of nfzoo.spp.read or nfzoo.spp.snapshot}, and where theory has something to say `theory`,
 {title: table of nfzoo.theory.profile}, drawn dashed.
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from nfzoo.plots import draw
+from nfzoo.plots import drawing
 from nfzoo.plots.select import Grid, Quantity, check, evenly, expected, select_all
 from nfzoo.plots.style import (
     THEORY,
@@ -64,7 +64,7 @@ def signal_propagation(
         told = {title: expected((theory or {}).get(title), what, found.layers) for title, found in grids.items()}
         logarithmic = _spans(grids.values(), told.values())
         for axes, (title, found) in zip(row, grids.items(), strict=True):
-            draw.by_depth(axes, found, found.chosen(most), theory=told[title], logarithmic=logarithmic)
+            drawing.by_depth(axes, found, found.chosen(most), theory=told[title], logarithmic=logarithmic)
             _depth_axis(axes, found, what)
         row[0].set_ylabel(what.title)
     for axes, title in zip(grid[0], logs, strict=True):
@@ -152,7 +152,7 @@ def history(logs: Logs, panels: Panels = PROPAGATION, *, layers: Sequence[str] |
             if chosen == []:
                 nothing(axes)
             else:
-                draw.over_time(axes, found, chosen, most=most, logarithmic=logarithmic)
+                drawing.over_time(axes, found, chosen, most=most, logarithmic=logarithmic)
             if row is grid[0]:
                 axes.set_title(title)
             if axes.axison and (row is not grid[-1]):
@@ -175,8 +175,8 @@ def heatmap(logs: Logs, panel: str | Quantity = "variance") -> Figure:
     tallest = max(len(found.layers) for found in grids.values())
     figure = _figure(1.6 + 3.0 * len(logs), min(1.2 + 0.12 * tallest, 8.0) if tallest > 12 else 2.8)
     row = figure.subplots(1, len(logs), squeeze=False)[0]
-    norm = draw.common_norm(list(grids.values()))
-    meshes = [draw.heat(axes, found, norm) for axes, found in zip(row, grids.values(), strict=True)]
+    norm = drawing.common_norm(list(grids.values()))
+    meshes = [drawing.heat(axes, found, norm) for axes, found in zip(row, grids.values(), strict=True)]
     for axes, title in zip(row, logs, strict=True):
         axes.set_title(title)
     mesh = next((mesh for mesh in meshes if mesh is not None), None)
@@ -219,7 +219,7 @@ def weights(
         steps = sorted(log.step.unique())
         for axes, step in zip(row, [steps[0], steps[-1]], strict=False):
             now = log[log.step == step].drop_duplicates("layer").set_index("layer").histogram.reindex(layers)
-            draw.bands(axes, layers, list(now), edges)
+            drawing.bands(axes, layers, list(now), edges)
             for sign in (-1, 1):
                 if deviation.notna().any():
                     axes.plot(1.96 * sign * deviation.to_numpy(), drawstyle="steps-mid", label="theory", **THEORY)
@@ -314,7 +314,7 @@ def _models(axes, what, grids: Mapping[str, Grid], theory, step_of, logarithmic:
             measured=found.measured[step].to_numpy(), rounding=found.rounding[step].to_numpy(),
         )  # fmt: skip
         if told[title].notna().any():
-            draw.draw_theory(axes, found, told[title], logarithmic, color=colour(i), alpha=0.7, label="_theory")
+            drawing.draw_theory(axes, found, told[title], logarithmic, color=colour(i), alpha=0.7, label="_theory")
     if any(series.notna().any() for series in told.values()):
         axes.add_line(Line2D([], [], label="theory", **THEORY))
     longest = max(shown.values(), key=lambda found: len(found.layers))
