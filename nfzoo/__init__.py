@@ -29,6 +29,7 @@ _MODULES = (
     "alarms",
     "convert",
     "data",
+    "doctor",
     "engine",
     "export",
     "layers",
@@ -37,6 +38,7 @@ _MODULES = (
     "recipes",
     "report",
     "spp",
+    "theory",
     "tune",
     "weights",
 )

@@ -201,6 +201,7 @@ def _record(out: pathlib.Path, resolved: dict, images: data.Images) -> None:
     """Write what this run is, once data and model are there: a mistake in their names leaves no folder behind."""
     if not (out / "options.json").exists():
         constants = {key: getattr(images, key) for key in ("name", "mean", "std", "classes")}
+        constants["shape"] = images.train.images.shape[1:]
         _write_json(out / "options.json", {**resolved, "images": constants, **environment()})
 
 

@@ -43,7 +43,7 @@ def call(monkeypatch, capsys):
         return status, out, err
 
     # The terminal of this process is pytest's.
-    monkeypatch.setattr(cli, "console", cli.Console(width=200, file=None))
+    monkeypatch.setattr(cli.console, "_width", 200)
     return run
 
 

@@ -11,6 +11,7 @@ from nfzoo import (
     callbacks,
     cli,
     data,
+    doctor,
     engine,
     export,
     layers,
@@ -20,6 +21,7 @@ from nfzoo import (
     registry,
     report,
     spp,
+    theory,
     trainer,
     tune,
     variants,
@@ -28,8 +30,8 @@ from nfzoo import (
 from nfzoo.models import sites
 
 MODULES = [
-    agc, alarms, callbacks, cli, data, engine, export, layers, numerics, plots, recipes, registry, report, sites, spp,
-    trainer, tune, variants, weights,
+    agc, alarms, callbacks, cli, data, doctor, engine, export, layers, numerics, plots, recipes, registry, report,
+    sites, spp, theory, trainer, tune, variants, weights,
 ]  # fmt: skip
 
 
@@ -43,9 +45,9 @@ def test_all_is_sorted_and_resolves():
 
 def test_what_is_public():
     assert nfzoo.__all__ == [
-        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "build", "convert", "data", "engine", "export",
-        "layers", "list_models", "model_info", "numerics", "plots", "recipes", "register_model", "report", "set_head",
-        "spp", "tune", "weights",
+        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "build", "convert", "data", "doctor", "engine",
+        "export", "layers", "list_models", "model_info", "numerics", "plots", "recipes", "register_model", "report",
+        "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip
 
 

@@ -37,9 +37,9 @@ def write(
         runs: folders with spp.jsonl (options.json, metrics.json and history.csv are shown where they are), or a mapping
             from titles to folders or to tables of `nfzoo.spp`.
         out: the file to write; it is whole or not there.
-        theory: what to draw beside the measurements: a function from the content of a run's options.json (of a table:
-            {"model": title}) to a table like a log's (kind, layer, and a column per statistic), or None for a model
-            that it does not know.
+        theory: what to draw beside the measurements, such as `nfzoo.theory.of_run`: a function from the content of a
+            run's options.json (of a table: {"model": title}) and its log to a table like a log's (kind, layer, and a
+            column per statistic), or None for a model that it does not know.
 
     Returns:
         The path of the file.

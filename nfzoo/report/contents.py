@@ -22,7 +22,7 @@ MOST_STEPS, MOST_HISTOGRAMS = 200, 12
 # Stages by the names of layers: ours, those of ResNets, EfficientNets and VGGs of keras.applications.
 _STAGE = re.compile(r"(?:.*/)?((?:stage|conv|block)\d+)[a-z]?_")
 
-Theory = Callable[[Mapping[str, Any]], pd.DataFrame | None]
+Theory = Callable[[Mapping[str, Any], pd.DataFrame], pd.DataFrame | None]
 
 
 def run(title: str, source: str | pathlib.Path | pd.DataFrame, theory: Theory | None = None) -> dict:
@@ -44,7 +44,7 @@ def run(title: str, source: str | pathlib.Path | pd.DataFrame, theory: Theory | 
     log = log.assign(**{key: 0 for key in ("step", "epoch", "depth") if key not in log})
     files = {name: {} if folder is None else _json(folder / f"{name}.json") for name in _FILES}
     options, metrics, meta = (files[name] for name in _FILES)
-    expected = theory(options or {"model": meta.get("model", title)}) if theory else None
+    expected = theory(options or {"model": meta.get("model", title)}, log) if theory else None
     return {
         "title": title,
         "model": options.get("model") or meta.get("model") or "",

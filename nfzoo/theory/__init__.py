@@ -76,12 +76,13 @@ def profile(
     )
 
 
-def of_run(options: Mapping[str, Any], **known: Any) -> pd.DataFrame | None:
+def of_run(options: Mapping[str, Any], log: pd.DataFrame | None = None) -> pd.DataFrame | None:
     """The theory of a run, by its options.json; None for a model that is not of this zoo.
 
     Args:
         options: content of options.json ("model", "build", "images").
-        **known: of `profile`.
+        log: signals of the run; what was measured after the stem at initialisation is where the theory sets out, since
+            photos are no white noise.
 
     Example:
         >>> of_run({"model": "bn_resnet50", "build": {}}).kind.unique().tolist()
@@ -89,11 +90,22 @@ def of_run(options: Mapping[str, Any], **known: Any) -> pd.DataFrame | None:
         >>> of_run({"model": "my_net"}) is None
         True
     """
-    model, build = options.get("model"), options.get("build") or {}
+    model, build, images = options.get("model"), options.get("build") or {}, options.get("images") or {}
     if model not in names.table() and model not in names.aliases():
         return None
-    constants = options.get("images") or {}
-    return profile(model, build, **({"classes": len(constants["classes"])} if constants.get("classes") else {}) | known)
+    known = {"classes": len(images["classes"])} if images.get("classes") else {}
+    if images.get("shape"):
+        known["input_shape"] = tuple(images["shape"])
+    return profile(model, build, stem=None if log is None else _measured_stem(log), **known)
+
+
+def _measured_stem(log: pd.DataFrame) -> tuple[float, float] | None:
+    """ACSM and ACV after the stem, where they were recorded at initialisation."""
+    if not {"kind", "layer", "acsm", "acv"} <= set(log.columns):
+        return None
+    first = log[(log.kind == "activation") & (log.layer == "stem_out")]
+    first = first[(first.step == 0) & (first.acv > 0)] if "step" in first else first
+    return None if first.empty else (float(first.acsm.iloc[0]), float(first.acv.iloc[0]))
 
 
 def _resolve(name: names.Name, build: dict) -> tuple[Words, Any]:

@@ -1,0 +1,5 @@
+"""`python -m nfzoo.cli` is `nfzoo`."""
+
+from nfzoo.cli import main
+
+main()

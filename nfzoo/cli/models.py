@@ -1,0 +1,108 @@
+"""Commands on networks: list, info, convert."""
+
+import json
+import pathlib
+from typing import Annotated
+
+import typer
+from rich.table import Column, Table
+
+from nfzoo.cli.common import AsJson, Build, Model, app, console, overrides_of, quiet_start, say
+
+
+@app.command("list")
+def list_(
+    pattern: Annotated[str, typer.Argument(help='shell wildcards, e.g. "sn_*"')] = "*",
+    variant: Annotated[str | None, typer.Option(help="keep one variant, e.g. nf")] = None,
+    family: Annotated[str | None, typer.Option(help="keep one family, e.g. efficientnet")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List models with parameters and multiply-adds."""
+    from dataclasses import asdict
+
+    from nfzoo import names, registry
+
+    infos = [registry.model_info(name) for name in names.list_models(pattern, variant=variant, family=family)]
+    if as_json:
+        print(json.dumps([asdict(info) for info in infos]))
+        return
+    view = Table(Column("model", no_wrap=True), caption="independent: an example's output does not depend on its batch")
+    for heading in ("px", "parameters", "multiply-adds"):
+        view.add_column(heading, justify="right")
+    view.add_column("independent")
+    for info in infos:
+        counts = (f"{info.parameters:,}", f"{info.multiply_adds / 1e6:,.1f} M")
+        view.add_row(info.name, str(info.input_size), *counts, "yes" if info.batch_independent else "no")
+    console.print(view if infos else f"No model matches {pattern!r}.", markup=False)
+
+
+@app.command()
+def info(
+    model: Model,
+    agc: Annotated[bool, typer.Option("--agc", help="print every variable with its unit axes and clip factor")] = False,
+    factor: Annotated[float, typer.Option(help="clip factor shown by --agc")] = 0.01,
+    build: Build = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a model is."""
+    from dataclasses import asdict
+
+    from nfzoo import names, registry
+
+    overrides = overrides_of(build)
+    if not agc:
+        facts = asdict(registry.model_info(model, **overrides))
+        if as_json:
+            print(json.dumps(facts))
+            return
+        view = Table(show_header=False)
+        for key, value in facts.items():
+            view.add_row(key.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
+        console.print(view)
+        return
+    names.parse(model)
+    with quiet_start():
+        from nfzoo.agc import AGC
+
+    net = registry.build(model, **overrides)
+    shapes = {v.path: tuple(v.shape) for v in net.trainable_variables}
+    rows = [
+        {"variable": path, "shape": shapes[path], "axes": axes, "factor": None if axes is None else factor}
+        for path, axes in AGC(factor).units(net).items()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    view = Table(Column("variable", no_wrap=True), "shape", "norm over axes", "factor")
+    for row in rows:
+        units = "not clipped" if row["axes"] is None else "all" if not row["axes"] else str(row["axes"])
+        view.add_row(row["variable"], str(row["shape"]), units, "–" if row["factor"] is None else f"{factor:g}")
+    console.print(view)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="whose layout FILE has: timm, deepmind or keras (applications)")],
+    file: Annotated[pathlib.Path, typer.Argument(help=".safetensors, .pth, .bin; a pickle, .npz; .h5, .keras")],
+    model: Annotated[str, typer.Option(help="name of the model, ours or the source's")],
+    to: Annotated[pathlib.Path, typer.Option(help="OUT.keras or OUT.safetensors")],
+    target: Annotated[str, typer.Option(help="layout of OUT.safetensors: nfzoo or timm")] = "nfzoo",
+    build: Build = None,
+) -> None:
+    """Convert weights of another implementation; the number of classes is the file's, pickles run no code."""
+    if (target, to.suffix) not in (("nfzoo", ".keras"), ("nfzoo", ".safetensors"), ("timm", ".safetensors")):
+        raise ValueError(f"Expected OUT.safetensors, or OUT.keras of target nfzoo. Received: {to} of target {target}")
+    overrides = overrides_of(build)
+    with quiet_start():
+        from nfzoo import convert, files, weights
+
+    net = convert.load(model, source, file, **overrides)
+    say(f"read {len(net.weights)} weights, {net.count_params():,} parameters, of {net.name} from {file}")
+    if target == "timm":
+        convert.save(net, to, name=model, **overrides)
+    elif to.suffix == ".safetensors":
+        weights.save(net, to)
+    else:
+        with files.atomic(to) as partial:
+            net.save(partial)
+    say(f"wrote {to} ({to.stat().st_size / 1e6:.1f} MB)")

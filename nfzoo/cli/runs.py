@@ -1,0 +1,160 @@
+"""Commands on runs: train, eval, scan, export, data."""
+
+import json
+import pathlib
+from typing import Annotated
+
+import typer
+
+from nfzoo.cli.common import (
+    Build,
+    DataDir,
+    DryRun,
+    Epochs,
+    ImageSize,
+    Model,
+    RecipeName,
+    Run,
+    Settings,
+    Source,
+    app,
+    console,
+    overrides_of,
+    quiet_start,
+    recipe_of,
+    say,
+)
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Source = None,
+    recipe: RecipeName = "demo",
+    epochs: Epochs = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="decides initialisation, splits, order, augmentation, dropout")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="examples per step")] = None,
+    out: Annotated[pathlib.Path | None, typer.Option(help="folder of the run; default: runs/MODEL-SEED")] = None,
+    data_dir: DataDir = None,
+    taps: Annotated[str, typer.Option(help='signal propagation: "blocks", "layers", a pattern, or "none"')] = "blocks",
+    set_: Settings = None,
+    build: Build = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a model; the same command again resumes, or shows the result."""
+    resolved = recipe_of(
+        recipe, set_, data__name=data, data__data_dir=data_dir, epochs=epochs, optimizer__learning_rate=lr, seed=seed,
+        batch_size=batch_size,
+    )  # fmt: skip
+    overrides = overrides_of(build)
+    from nfzoo import names, registry
+
+    names.parse(model)
+    with quiet_start():
+        from nfzoo import engine
+
+    out = out or pathlib.Path("runs") / f"{model}-{resolved.seed}"
+    registry.resolve(model, engine.options(model, resolved, overrides)["build"])
+    if dry_run:
+        print(json.dumps({**engine.options(model, resolved, overrides), "out": str(out)}, indent=1))
+        return
+    metrics = engine.run(
+        model, resolved, out, overrides=overrides, taps=None if taps == "none" else taps, console=console
+    )
+    console.print_json(data=metrics)
+    if metrics["status"] == "diverged":
+        raise RuntimeError(
+            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on; the "
+            f"run is marked as diverged, checkpoints of earlier epochs, if any, are in {out / 'checkpoints'}. Try a "
+            "smaller --lr or --set agc=0.01."
+        )
+
+
+@app.command("eval")
+def eval_(run: Run, data: Source = None, data_dir: DataDir = None) -> None:
+    """Evaluate the model of a run on its test images, or on other data of the same classes."""
+    with quiet_start():
+        from nfzoo import engine
+
+    console.print_json(data=engine.evaluate(run, data, data_dir))
+
+
+@app.command()
+def scan(
+    models: Annotated[list[str], typer.Argument(help="names of models")],
+    lr: Annotated[str, typer.Option(help="learning rates, separated by commas")] = "0.1,0.01,0.001",
+    seeds: Annotated[str | None, typer.Option(help="seeds, separated by commas; default: the recipe's")] = None,
+    data: Source = None,
+    recipe: RecipeName = "demo",
+    epochs: Epochs = None,
+    out: Annotated[pathlib.Path, typer.Option(help="folder of the scan")] = pathlib.Path("runs/scan"),
+    data_dir: DataDir = None,
+    set_: Settings = None,
+    build: Build = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Scan learning rates with keras-tuner; the same command again does the missing trials."""
+    resolved = recipe_of(recipe, set_, data__name=data, data__data_dir=data_dir, epochs=epochs)
+    rates = _numbers(lr, float, "--lr")
+    chosen = _numbers(seeds, int, "--seeds") if seeds else list(resolved.seeds)
+    overrides = overrides_of(build)
+    from nfzoo import names, registry
+
+    for model in models:
+        names.parse(model)
+    with quiet_start():
+        from nfzoo import engine
+    for model in models:
+        registry.resolve(model, engine.options(model, resolved, overrides)["build"])
+    if dry_run:
+        grid = {"models": models, "learning_rates": rates, "seeds": chosen}
+        grid["trials"] = len(models) * len(rates) * len(chosen)
+        print(json.dumps({**grid, "recipe": resolved.model_dump(mode="json"), "out": str(out)}, indent=1))
+        return
+    from nfzoo import plots, tune
+
+    results = tune.scan(models, rates, resolved, out, seeds=chosen, overrides=overrides, console=console)
+    picture = plots.save(plots.scan(tune.summary(results)), out / "scan.png")
+    console.print(tune.table(results))
+    say(f"wrote {out / 'scan.csv'} and {picture}")
+
+
+def _numbers(text: str, kind: type, option: str) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"Expected numbers separated by commas for {option}. Received: {text!r}") from None
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[pathlib.Path, typer.Option(help="folder to make, e.g. saved_models/NAME")],
+    format: Annotated[str, typer.Option(help="saved_model")] = "saved_model",
+) -> None:
+    """Export the model of a run; the artefact is reloaded in a fresh process and compared first."""
+    with quiet_start():
+        from nfzoo.export import export
+
+    entry = export(run, to, format)
+    difference = entry["largest_relative_difference"]
+    say(f"wrote {to}, reloaded and compared on real images: largest relative difference {difference:.1e}")
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="digits, fake, a tfds name, or a folder of images by class")],
+    to: Annotated[pathlib.Path, typer.Option(help="FILE.npz to write")],
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+) -> None:
+    """Write a data set as plain arrays, for machines without TensorFlow."""
+    with quiet_start():
+        from nfzoo import data as data_module
+    from nfzoo import recipes
+
+    path = data_module.save(recipes.Data(name=name, data_dir=data_dir, image_size=image_size), to)
+    say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); read it with --data {path}")
