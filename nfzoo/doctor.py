@@ -348,7 +348,8 @@ def loss(case: Case) -> Iterator[Finding]:
         return
     if chance and case.start > 1.5 * chance:
         yield Finding(
-            "warning", "loss", f"The loss of the new network is {case.start:.3g}{told}: the classifier starts with strong opinions.",
+            "warning", "loss",
+            f"The loss of the new network is {case.start:.3g}{told}: the classifier starts with strong opinions.",
             "Initialise the classifier with small weights or zeros.",
         )  # fmt: skip
     text = f"The loss of the probe batch went from {case.start:.3g} to {case.end:.3g} in {len(case.losses)} steps{told}"

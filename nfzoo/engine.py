@@ -144,8 +144,7 @@ def run(
         net, epoch, history = restored or (_new_model(resolved, images, recipe), 0, [])
         if recipe.frozen_epochs and not any(layer.name == "head" for layer in net.layers):
             raise ValueError(f'Expected a model with a layer "head" for frozen_epochs. Received: {model} without')
-        if taps:
-            spp.select_taps(net, taps)
+        watch = _watch(net, images, out, taps, signals or {}, console) if taps else None
         _record(out, resolved, images)
         batches = data.pipeline(images, recipe)
         guard = callbacks.StopOnNaN()
@@ -155,10 +154,7 @@ def run(
             guard,
             progress,
         ]
-        if taps:
-            x, y = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, images.mean, images.std)[0]
-            tell = lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)  # noqa: E731
-            steps.append(spp.SignalPropagation(x, y, taps=taps, log_dir=out, tell=tell, **(signals or {})))
+        steps += [watch] if watch else []
         steps.append(callbacks.Checkpoints(out / "checkpoints", history, guard))
         began = time.perf_counter()
         try:
@@ -195,6 +191,14 @@ def _result(out: pathlib.Path, resolved: dict) -> dict | None:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"Expected an empty folder or the folder of a run. Received: {out}, which holds other files.")
     return None
+
+
+def _watch(net, images: data.Images, out: pathlib.Path, taps: str, signals: dict, console: Console):
+    """The callback that records signal propagation, on a fixed part of the training images."""
+    spp.select_taps(net, taps)
+    x, y = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, images.mean, images.std)[0]
+    tell = lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)  # noqa: E731
+    return spp.SignalPropagation(x, y, taps=taps, log_dir=out, tell=tell, **signals)
 
 
 def _record(out: pathlib.Path, resolved: dict, images: data.Images) -> None:

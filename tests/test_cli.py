@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import keras
 import pandas as pd
 import pytest
 import safetensors.numpy
@@ -287,3 +288,59 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_resumes(tmp_path):
     pathlib.Path(out / "options.json").write_text(json.dumps(options))
     again = _run("train", "sn_test_ffnn", *TINY, "--epochs", epoch + 1, "--out", out)
     assert again.returncode == 0 and f"after epoch {epoch}" in again.stdout
+
+
+def test_the_doctor_speaks_and_writes_a_report(call, tmp_path):
+    out = tmp_path / "report.html"
+    status, text, _ = call("doctor", "bn_test_ffnn", "--data", "fake", "--steps", 3, "--batch-size", 8, "--report", out)
+    assert status == 0 and "normalize over the batch" in text and out.stat().st_size > 1e6
+    status, text, _ = call("doctor", "sn_test_ffnn", "--data", "fake", "--steps", 3, "--json")
+    findings = json.loads(text)
+    assert status == 0 and {"severity", "check", "sentence", "remedy"} == set(findings[0])
+    assert any("No layer normalizes over the batch" in finding["sentence"] for finding in findings)
+
+
+def test_the_doctor_takes_a_saved_network_of_anybody(call, tmp_path):
+    image = keras.Input((32, 32, 3))
+    x = keras.layers.DepthwiseConv2D(3, depthwise_initializer="lecun_normal", name="thin")(
+        keras.layers.Conv2D(8, 3)(image)
+    )
+    net = keras.Model(image, keras.layers.Dense(10, activation="softmax")(keras.layers.Flatten()(x)), name="mine")
+    net.save(tmp_path / "mine.keras")
+    status, text, _ = call("doctor", tmp_path / "mine.keras", "--data", "fake", "--steps", 2, "--batch-size", 8)
+    assert status == 0 and "divides the variance by the number of channels" in text and "thin/kernel" in text
+
+
+@pytest.mark.parametrize("name", ["keras.applications:ResNet5000", "sn_efficientnet_b99", "missing.keras"])
+def test_the_doctor_does_not_know_everybody(call, name):
+    status, _, err = call("doctor", name, "--data", "fake")
+    assert status == 1 and ("Expected" in err or "not found" in err) and name.split(":")[-1].split(".")[0] in err
+
+
+def test_report_of_a_run(call, trained, tmp_path):
+    status, text, _ = call("report", trained[0], "--out", tmp_path / "a" / "report.html")
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert status == 0 and "wrote" in text and '"theory": {"mean"' in page or '"theory":{"mean"' in page
+    status, _, err = call("report", tmp_path / "nowhere", "--out", tmp_path / "b.html")
+    assert status == 1 and "Expected the folder of a run" in err and not (tmp_path / "b.html").exists()
+
+
+@pytest.mark.parametrize("figure, ending", [("heatmap", ".png"), ("models", ".svg"), ("propagation", ".gif")])
+def test_figures_of_a_run(call, trained, tmp_path, figure, ending):
+    out = tmp_path / f"picture{ending}"
+    status, _, err = call("spp", trained[0], "--figure", figure, "--to", out)
+    assert status == 0 and out.stat().st_size > 5000, err
+    status, _, err = call("spp", trained[0], "--figure", "portrait")
+    assert status == 1 and "heatmap: " in err and "'portrait'" in err
+
+
+def test_signals_of_training_can_be_chosen(call, tmp_path):
+    out = tmp_path / "run"
+    options = ["--signals", "source=live", "--signals", 'statistics=["acsm","nonzero"]']
+    status, _, err = call("train", "sn_test_ffnn", *TINY, "--epochs", 1, "--out", out, *options)
+    log = nfzoo.spp.read(out)
+    assert (
+        status == 0 and "live" in set(log.source.dropna()) and {"acsm", "nonzero"} <= set(log) and "acv" not in log
+    ), err
+    status, _, err = call("train", "sn_test_ffnn", *TINY, "--signals", "sauce=live", "--out", tmp_path / "b")
+    assert status == 1 and "sauce" in err

@@ -16,7 +16,7 @@ def _told(error: Exception) -> str:
     """Say an error in one line, without the trace that TensorFlow puts into its messages."""
     if isinstance(error, MemoryError) or "ResourceExhausted" in type(error).__name__ or "RESOURCE_EXH" in str(error):
         return "error: Out of memory. Try smaller images, or a smaller batch: train and scan take --set batch_size=…"
-    trace = ("File ", "[[", "Graph execution error", "Detected at node")
+    trace = ('File "', "[[", "Graph execution error", "Detected at node")
     lines = [line.strip() for line in str(error).splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(trace))
     if isinstance(error, ValueError | TypeError | OSError | ImportError | RuntimeError):

@@ -40,6 +40,10 @@ def train(
     out: Annotated[pathlib.Path | None, typer.Option(help="folder of the run; default: runs/MODEL-SEED")] = None,
     data_dir: DataDir = None,
     taps: Annotated[str, typer.Option(help='signal propagation: "blocks", "layers", a pattern, or "none"')] = "blocks",
+    signals: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of nfzoo.SignalPropagation, e.g. source=live, statistics=all; repeatable"),
+    ] = None,
     set_: Settings = None,
     build: Build = None,
     dry_run: DryRun = False,
@@ -49,7 +53,7 @@ def train(
         recipe, set_, data__name=data, data__data_dir=data_dir, epochs=epochs, optimizer__learning_rate=lr, seed=seed,
         batch_size=batch_size,
     )  # fmt: skip
-    overrides = overrides_of(build)
+    overrides, watched = overrides_of(build), overrides_of(signals)
     from nfzoo import names, registry
 
     names.parse(model)
@@ -62,8 +66,9 @@ def train(
         print(json.dumps({**engine.options(model, resolved, overrides), "out": str(out)}, indent=1))
         return
     metrics = engine.run(
-        model, resolved, out, overrides=overrides, taps=None if taps == "none" else taps, console=console
-    )
+        model, resolved, out, overrides=overrides, taps=None if taps == "none" else taps, signals=watched,
+        console=console,
+    )  # fmt: skip
     console.print_json(data=metrics)
     if metrics["status"] == "diverged":
         raise RuntimeError(
