@@ -24,18 +24,25 @@ def fit(model, x, y, batch_size=4, agc=None, optimizer=None, callbacks=(), **opt
 @pytest.mark.parametrize(("name", "agc"), [("bn_test_resnet", None), ("nf_test_resnet", nfzoo.AGC(0.05))])
 def test_one_live_step_sees_what_a_probe_of_its_batch_sees(name, agc, images):
     """Two mechanisms, one truth: tensors within the training step, and a stateless pass before it."""
-    live = nfzoo.SignalPropagation(*images, source="live")
+    numbers = ["acsm", "acv", "second_moment", "nonzero"]
+    live = nfzoo.SignalPropagation(*images, source="live", statistics=numbers)
     table = fit(nfzoo.build(name, dropout_rate=0.0), *images, batch_size=8, agc=agc, callbacks=[live])
     assert table.source.isna().sum() == (table.step == 0).sum() and set(table.source.dropna()) == {"live"}
     before, during = (table[table.step == step].set_index(KEY) for step in (0, 1))
     assert set(before.index) == set(during.index)
-    for kind, columns in (
-        ("activation", ["acsm", "acv", "second_moment"]), ("gradient", ["acsm", "acv", "second_moment"]),
-        ("weight_gradient", ["acsm", "acv", "second_moment", "to_weight", "agc_clipped"]),
-    ):  # fmt: skip
+    for kind, more in (("activation", []), ("gradient", []), ("weight_gradient", ["to_weight", "agc_clipped"])):
+        columns = numbers + more
         a, b = (t.loc[kind][columns].astype(float) for t in (before, during))
         np.testing.assert_allclose(b.loc[a.index], a, rtol=1e-4, atol=1e-12)
     assert (during.first_bad == -1).all()
+
+
+def test_all_statistics_of_live_signals_are_all_numbers():
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3, name="dense")])
+    model.compile("sgd", "mean_squared_error")
+    live = spp.SignalPropagation(source="live", taps="dense", statistics="all")
+    model.fit(np.ones((4, 5)), np.ones((4, 3)), verbose=0, callbacks=[live])
+    assert {name for name in spp.STATS if "histogram" not in name} <= set(live.table()) - {"histogram"}
 
 
 def test_live_means_over_the_epoch_equal_numpy():

@@ -15,7 +15,7 @@ from nfzoo.spp.live import LiveSignals, attach, detach, live_signals
 from nfzoo.spp.log import SignalLog, write_meta
 from nfzoo.spp.probe import Probe, loss_of
 from nfzoo.spp.reduction import DEFAULT_WHAT, Reduction
-from nfzoo.spp.stats import edges
+from nfzoo.spp.stats import HISTOGRAMS, edges, resolve
 
 
 def log_spaced(total: int, n: int = 20) -> Callable[[int], bool]:
@@ -146,7 +146,10 @@ class SignalPropagation(keras.callbacks.Callback):
         super().set_model(model)
         detach(model)  # what a `fit` left that was interrupted
         if self.source == "live":
-            self.live = live_signals(model, Reduction(model, **self.options))
+            # Counts of bins are no mean over batches: "all" is here all that is a number.
+            numbers = {"statistics": [name for name in resolve("all") if name not in HISTOGRAMS]}
+            every = numbers if self.options["statistics"] == "all" else {}
+            self.live = live_signals(model, Reduction(model, **self.options | every))
             attach(model, self.live)
 
     def on_train_begin(self, logs=None) -> None:
