@@ -9,7 +9,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
 
-from nfzoo.plots.select import Grid
+from nfzoo.plots.select import Grid, evenly
 from nfzoo.plots.style import (
     COLOURS,
     THEORY,
@@ -63,7 +63,7 @@ def draw_theory(axes: Axes, grid: Grid, theory: pd.Series, logarithmic: bool, **
     """Draw what is expected at initialisation, dashed, at the layers that the theory has a word on."""
     known = theory.to_numpy(float)
     shown = np.isfinite(known) & ((known > 0) | (not logarithmic))
-    axes.plot(grid.positions[shown], known[shown], label="theory", gid="theory", **(THEORY | style))
+    axes.plot(grid.positions[shown], known[shown], gid="theory", **(THEORY | {"label": "theory"} | style))
 
 
 def spans(*grids: Grid) -> bool:
@@ -86,7 +86,7 @@ def over_time(
     if grid.empty:
         return nothing(axes)
     if layers is None:
-        layers = [grid.layers[i] for i in np.linspace(0, len(grid.layers) - 1, min(most, len(grid.layers))).round()]
+        layers = [grid.layers[i] for i in evenly(len(grid.layers), most)]
     if unknown := [layer for layer in layers if layer not in grid.layers]:
         raise ValueError(
             f"Expected layers with this quantity, such as {', '.join(grid.layers[:4])}. Received: {', '.join(unknown)}"
@@ -132,13 +132,11 @@ def heat(axes: Axes, grid: Grid, norm: Normalize) -> QuadMesh | None:
     if len(rows):
         axes.plot(columns, rows, "x", color="#B00020", markersize=3, linestyle="none", label="not finite")
     x, name = timeline(grid)
-    shown_steps = sorted({round(i) for i in np.linspace(0, len(x) - 1, min(8, len(x)))})
+    shown_steps = evenly(len(x), 8)
     axes.set_xticks(shown_steps, [f"{x[i]:g}" for i in shown_steps])
     axes.set_xlabel(name)
     name_layers(axes, grid.layers, vertical=True)
-    for line in (mark_stages(axes, grid.layers, vertical=False), *axes.lines):
-        if line is not None and line.get_gid() == "stage":
-            line.set(color="white", zorder=2)
+    mark_stages(axes, grid.layers, vertical=False, color="white", zorder=2)
     return mesh
 
 

@@ -153,11 +153,13 @@ def history(logs: Logs, panels: Panels = PROPAGATION, *, layers: Sequence[str] |
                 nothing(axes)
             else:
                 drawing.over_time(axes, found, chosen, most=most, logarithmic=logarithmic)
-            if row is grid[0]:
-                axes.set_title(title)
-            if axes.axison and (row is not grid[-1]):
-                axes.set_xlabel("")
         row[0].set_ylabel(what.title)
+    for column, title in zip(grid.T, logs, strict=True):
+        column[0].set_title(title)
+        *above, lowest = [axes for axes in column if axes.axison] or [column[-1]]
+        lowest.tick_params(labelbottom=True)
+        for axes in above:
+            axes.set_xlabel("")
     legend(figure)
     return figure
 
@@ -222,7 +224,8 @@ def weights(
             drawing.bands(axes, layers, list(now), edges)
             for sign in (-1, 1):
                 if deviation.notna().any():
-                    axes.plot(1.96 * sign * deviation.to_numpy(), drawstyle="steps-mid", label="theory", **THEORY)
+                    band = 1.96 * sign * deviation.to_numpy()
+                    axes.plot(band, drawstyle="steps-mid", label="theory", gid="theory", **THEORY)
             name_layers(axes, layers)
             epoch = int(log[log.step == step].epoch.iloc[0])
             axes.set_title(f"{title}, {'at initialisation' if step == 0 else f'epoch {epoch}'}")
@@ -265,7 +268,7 @@ def scalars(logs: Logs, pattern: str | None = None) -> Figure:
         for i, (role, group) in enumerate(rows.groupby(rows.layer.map(_role), sort=False)):
             _scalar(axes, group, blocks, str(role), colour(i), logarithmic)
         mark_stages(axes, list(blocks), min(blocks.values()))
-        scale(axes, logarithmic)
+        axes.set_yscale("log" if logarithmic else "linear")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     row[0].set_ylabel("value")
     legend(figure)

@@ -94,8 +94,11 @@ def scale(axes: Axes, logarithmic: bool) -> None:
     """Set the scale of the y axis; a linear axis of what is never negative starts at zero."""
     if logarithmic:
         axes.set_yscale("log")
-    elif axes.get_ylim()[0] < 0 and all((np.nan_to_num(line.get_ydata()) >= 0).all() for line in axes.lines):
-        axes.set_ylim(bottom=0)
+    elif axes.lines and all((np.nan_to_num(line.get_ydata()) >= 0).all() for line in axes.lines):
+        # Limits that are set would be those of the whole row, whatever is drawn there later.
+        axes.update_datalim([(0, 0)], updatex=False)
+        axes.lines[0].sticky_edges.y.append(0)
+        axes.autoscale(axis="y")
 
 
 def stage(layer: str) -> str | None:
@@ -115,11 +118,11 @@ def stage_ends(layers: Sequence[str]) -> list[float]:
     return [i + 0.5 for i, (a, b) in enumerate(zip(stages, stages[1:], strict=False)) if a != b]
 
 
-def mark_stages(axes: Axes, layers: Sequence[str], first: int = 0, vertical: bool = True) -> None:
-    """Draw a grey line where a stage ends."""
+def mark_stages(axes: Axes, layers: Sequence[str], first: int = 0, vertical: bool = True, **style) -> None:
+    """Draw a line, grey unless told otherwise, where a stage ends."""
     for end in stage_ends(layers):
         draw = axes.axvline if vertical else axes.axhline
-        draw(end + first, color="0.8", linewidth=0.7, zorder=0, gid="stage")
+        draw(end + first, gid="stage", **({"color": "0.8", "linewidth": 0.7, "zorder": 0} | style))
 
 
 def short(layer: str) -> str:
