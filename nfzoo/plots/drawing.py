@@ -1,6 +1,7 @@
 """From a selection to axes: by depth, over time, as a map, as a distribution. The figures compose these."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from nfzoo.plots.select import Grid, evenly
 from nfzoo.plots.style import (
     COLOURS,
     THEORY,
-    colour,
+    colours,
     curve,
     foot,
     in_time,
@@ -21,7 +22,7 @@ from nfzoo.plots.style import (
     name_layers,
     nothing,
     scale,
-    short,
+    titles,
     wide,
 )  # fmt: skip
 
@@ -30,7 +31,7 @@ BANDS = ((0.025, 0.975), (0.16, 0.84))
 
 def by_depth(
     axes: Axes, grid: Grid, steps: Sequence[int] | None = None, *, theory: pd.Series | None = None,
-    logarithmic: bool | None = None, colours: Sequence | None = None, labels: Sequence[str] | None = None,
+    logarithmic: bool | None = None,
 ) -> None:  # fmt: skip
     """Draw a quantity by depth, a line per step.
 
@@ -39,18 +40,17 @@ def by_depth(
         steps: which; default: at most 6, the first and the last included.
         theory: expected values by layer, drawn dashed.
         logarithmic: the scale; default: where the values span more than two decades.
-        colours, labels: of the lines; default: by time.
     """
     if grid.empty:
         return nothing(axes)
     steps = grid.chosen(6) if steps is None else [step for step in steps if step in grid.steps]
     if logarithmic is None:
         logarithmic = spans(grid)
-    for i, step in enumerate(steps):
+    for step in steps:
         curve(
             axes, grid.positions, grid.values[step], logarithmic=logarithmic, measured=grid.measured[step].to_numpy(),
-            rounding=grid.rounding[step].to_numpy(), label=labels[i] if labels else grid.label(step),
-            color=colours[i] if colours else in_time(grid.steps.index(step), len(grid.steps)),
+            rounding=grid.rounding[step].to_numpy(), label=grid.label(step),
+            color=in_time(grid.steps.index(step), len(grid.steps)),
         )  # fmt: skip
     if theory is not None and theory.notna().any():
         draw_theory(axes, grid, theory, logarithmic)
@@ -72,13 +72,15 @@ def spans(*grids: Grid) -> bool:
 
 
 def over_time(
-    axes: Axes, grid: Grid, layers: Sequence[str] | None = None, *, most: int = 6, logarithmic: bool | None = None
-) -> None:
+    axes: Axes, grid: Grid, layers: Sequence[str] | None = None, *, most: int = 6, logarithmic: bool | None = None,
+    hues: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Draw layers over epochs (over steps, where several were measured in an epoch).
 
     Args:
         layers: their names; default: at most `most`, evenly over depth.
         logarithmic: scale of the values; default: where they span more than two decades.
+        hues: colours by the name that `style.titles` gives a layer.
 
     Raises:
         ValueError: for a layer that the log has not.
@@ -95,12 +97,12 @@ def over_time(
     if logarithmic is None:
         logarithmic = wide(part.where(part > grid.rounding.loc[list(layers)], part.clip(upper=0)))
     x, name = timeline(grid)
-    for i, layer in enumerate(layers):
-        # Few layers have a colour each, many the place that they have in the network.
-        hue = colour(i) if len(layers) <= len(COLOURS) else in_time(i, len(layers))
+    names = titles(grid.layers)
+    hues = hues or colours(names[layer] for layer in layers)
+    for layer in layers:
         curve(
             axes, x, part.loc[layer], logarithmic=logarithmic, measured=grid.measured.loc[layer].to_numpy(),
-            rounding=grid.rounding.loc[layer].to_numpy(), label=short(layer), color=hue,
+            rounding=grid.rounding.loc[layer].to_numpy(), label=names[layer], color=hues[names[layer]],
         )  # fmt: skip
     scale(axes, logarithmic)
     axes.set_xlabel(name)

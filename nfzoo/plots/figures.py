@@ -17,7 +17,7 @@ from nfzoo.plots import drawing
 from nfzoo.plots.select import Grid, Quantity, check, evenly, expected, select_all
 from nfzoo.plots.style import (
     THEORY,
-    colour,
+    colours,
     curve,
     legend,
     mark_stages,
@@ -26,6 +26,7 @@ from nfzoo.plots.style import (
     scale,
     stage,
     styled,
+    titles,
     wide,
 )  # fmt: skip
 
@@ -61,7 +62,7 @@ def signal_propagation(
     figure = _figure(1.2 + 3.2 * len(logs), 0.8 + 1.9 * len(rows))
     grid = figure.subplots(len(rows), len(logs), sharey="row", squeeze=False)
     for row, (what, grids) in zip(grid, rows, strict=True):
-        told = {title: expected((theory or {}).get(title), what, found.layers) for title, found in grids.items()}
+        told = _told(what, grids, theory)
         logarithmic = _spans(grids.values(), told.values())
         for axes, (title, found) in zip(row, grids.items(), strict=True):
             drawing.by_depth(axes, found, found.chosen(most), theory=told[title], logarithmic=logarithmic)
@@ -90,8 +91,9 @@ def epochs(
     figure = _figure(1.0 + 2.2 * len(steps), 0.8 + 1.9 * len(rows))
     grid = figure.subplots(len(rows), len(steps), sharex="row", sharey="row", squeeze=False)
     for row, (what, grids) in zip(grid, rows, strict=True):
+        logarithmic = _spans(grids.values(), _told(what, grids, theory).values())
         for axes, step in zip(row, steps, strict=True):
-            _models(axes, what, grids, theory, lambda found, at=step: _latest(found, at), _spans(grids.values()))
+            _models(axes, what, grids, theory, lambda found, at=step: _latest(found, at), logarithmic)
         row[0].set_ylabel(what.title)
     named = next(found for _, grids in rows for found in grids.values() if not found.empty)
     for axes, step in zip(grid[0], steps, strict=True):
@@ -121,7 +123,7 @@ def compare(
         for axes, (what, grids) in zip(row, columns, strict=True):
             position = 0 if when == "first" else -1
             _models(axes, what, grids, theory, lambda found, at=position: found.steps[at])
-            axes.set_ylabel(what.title.replace("\n", " "))
+            axes.set_ylabel(what.title)
             if len(times) > 1:
                 axes.set_title("at initialisation" if when == "first" else "at the end")
     legend(figure)
@@ -145,14 +147,16 @@ def history(logs: Logs, panels: Panels = PROPAGATION, *, layers: Sequence[str] |
         raise ValueError(
             f"Expected layers of the log, such as {', '.join(sorted(known)[:4])}. Received: {', '.join(unknown)}"
         )
-    for row, (what, grids) in zip(grid, rows, strict=True):
+    chosen = [{title: _chosen(found, title, rows, layers, most) for title, found in grids.items()} for _, grids in rows]
+    shown = [(found, some[title]) for some, (_, grids) in zip(chosen, rows, strict=True) for title, found in grids.items()]
+    hues = colours(titles(found.layers)[layer] for found, some in shown for layer in some)
+    for row, (what, grids), some in zip(grid, rows, chosen, strict=True):
         logarithmic = _spans(grids.values())
         for axes, (title, found) in zip(row, grids.items(), strict=True):
-            chosen = None if layers is None else [layer for layer in layers if layer in found.layers]
-            if chosen == []:
-                nothing(axes)
+            if some[title]:
+                drawing.over_time(axes, found, some[title], logarithmic=logarithmic, hues=hues)
             else:
-                drawing.over_time(axes, found, chosen, most=most, logarithmic=logarithmic)
+                nothing(axes)
         row[0].set_ylabel(what.title)
     for column, title in zip(grid.T, logs, strict=True):
         column[0].set_title(title)
@@ -258,6 +262,7 @@ def scalars(logs: Logs, pattern: str | None = None) -> Figure:
             'without; record them with nfzoo.SignalPropagation(what=(…, "parameters"))'
         )
     logarithmic = wide(*(rows.value for rows in found.values() if not rows.empty))
+    hues = colours(_role(path) for rows in found.values() for path in rows.layer)
     for axes, (title, rows) in zip(row, found.items(), strict=True):
         axes.set_title(title)
         axes.set_xlabel("block (0: stem)")
@@ -265,8 +270,8 @@ def scalars(logs: Logs, pattern: str | None = None) -> Figure:
             nothing(axes)
             continue
         blocks = _blocks(logs[title])
-        for i, (role, group) in enumerate(rows.groupby(rows.layer.map(_role), sort=False)):
-            _scalar(axes, group, blocks, str(role), colour(i), logarithmic)
+        for role, group in rows.groupby(rows.layer.map(_role), sort=False):
+            _scalar(axes, group, blocks, str(role), hues[role], logarithmic)
         mark_stages(axes, list(blocks), min(blocks.values()))
         axes.set_yscale("log" if logarithmic else "linear")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -286,6 +291,10 @@ def _spans(grids, told=()) -> bool:
     return wide(*measured, *(np.asarray(series, float) for series in told)) if measured else False
 
 
+def _told(what: Quantity, grids: Mapping[str, Grid], theory: Logs | None) -> dict[str, pd.Series]:
+    return {title: expected((theory or {}).get(title), what, found.layers) for title, found in grids.items()}
+
+
 def _depth_axis(axes, found: Grid, what: Quantity) -> None:
     if found.empty:
         return
@@ -301,23 +310,21 @@ def _depth_axis(axes, found: Grid, what: Quantity) -> None:
 def _models(axes, what, grids: Mapping[str, Grid], theory, step_of, logarithmic: bool | None = None) -> None:
     """One line per model, each with its theory in its own colour."""
     shown = {title: found for title, found in grids.items() if not found.empty}
-    told = {title: expected((theory or {}).get(title), what, found.layers) for title, found in shown.items()}
     if not shown:
         return nothing(axes)
+    steps = {title: step for title, found in shown.items() if (step := step_of(found)) is not None}
+    told = _told(what, shown, theory)
     if logarithmic is None:
-        logarithmic = _spans(shown.values(), told.values())
-    for i, title in enumerate(grids):
-        if title not in shown:
-            continue
-        found, step = shown[title], step_of(shown[title])
-        if step is None:
-            continue
+        logarithmic = _spans([shown[title].at(step) for title, step in steps.items()], told.values())
+    hues = colours(grids)
+    for title, step in steps.items():
+        found = shown[title]
         curve(
-            axes, found.positions, found.values[step], logarithmic=logarithmic, label=title, color=colour(i),
+            axes, found.positions, found.values[step], logarithmic=logarithmic, label=title, color=hues[title],
             measured=found.measured[step].to_numpy(), rounding=found.rounding[step].to_numpy(),
         )  # fmt: skip
         if told[title].notna().any():
-            drawing.draw_theory(axes, found, told[title], logarithmic, color=colour(i), alpha=0.7, label="_theory")
+            drawing.draw_theory(axes, found, told[title], logarithmic, color=hues[title], alpha=0.7, label="_theory")
     if any(series.notna().any() for series in told.values()):
         axes.add_line(Line2D([], [], label="theory", **THEORY))
     longest = max(shown.values(), key=lambda found: len(found.layers))
@@ -325,6 +332,16 @@ def _models(axes, what, grids: Mapping[str, Grid], theory, step_of, logarithmic:
     scale(axes, logarithmic)
     axes.margins(x=0.03)
     _depth_axis(axes, longest, what)
+
+
+def _chosen(found: Grid, title: str, rows, layers: Sequence[str] | None, most: int) -> list[str]:
+    """The layers of one panel; by default, of the same blocks in all panels of a model."""
+    if layers is not None:
+        return [layer for layer in layers if layer in found.layers]
+    names = max((list(titles(grids[title].layers).values()) for _, grids in rows), key=len)
+    kept = {names[i] for i in evenly(len(names), most)}
+    mine = [layer for layer, name in titles(found.layers).items() if name in kept]
+    return mine or [found.layers[i] for i in evenly(len(found.layers), most)]
 
 
 def _latest(found: Grid, step: int) -> int | None:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-# A squared mean that is this much smaller than the mean square is float32's rounding.
-ROUNDING = 1e-11
+# A squared mean that is this much smaller than the mean square is float32's rounding; the theory's, its quadrature's.
+ROUNDING, QUADRATURE = 1e-11, 1e-8
 
 
 class Quantity(NamedTuple):
@@ -81,6 +81,11 @@ class Grid:
     @property
     def empty(self) -> bool:
         return self.values.empty
+
+    def at(self, step: int) -> "Grid":
+        """This step alone."""
+        values, measured, rounding = (table[[step]] for table in (self.values, self.measured, self.rounding))
+        return Grid(values, {step: self.epochs[step]}, measured, rounding, self.first)
 
     def label(self, step: int) -> str:
         """How a legend calls a step."""
@@ -180,7 +185,10 @@ def expected(theory: pd.DataFrame | None, what: Quantity, layers: Sequence[str])
     if theory is None or what.statistic not in theory:
         return pd.Series(np.nan, index=layers)
     rows = theory[theory.kind == what.kind].drop_duplicates("layer").set_index("layer")
-    return rows[what.statistic].reindex(layers)
+    values = rows[what.statistic]
+    if what.statistic in ("acsm", "acv"):
+        values = values.where(values > QUADRATURE * rows.second_moment, 0.0)
+    return values.reindex(layers)
 
 
 def select_all(

@@ -1,9 +1,11 @@
 """How every figure looks: colours, scales, marks of stages and of what is not finite, one legend, files."""
 
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -48,6 +50,13 @@ def save(figure: Figure, path: str | pathlib.Path) -> pathlib.Path:
 def colour(index: int) -> str:
     """Colour of the model or layer of this number."""
     return COLOURS[index % len(COLOURS)]
+
+
+def colours(names: Iterable[str]) -> dict[str, Any]:
+    """Colour of each: few have one each, many the place that they have in their order."""
+    names = list(dict.fromkeys(names))
+    few = len(names) <= len(COLOURS)
+    return {name: colour(i) if few else in_time(i, len(names)) for i, name in enumerate(names)}
 
 
 def in_time(index: int, count: int) -> tuple:
@@ -130,6 +139,18 @@ def short(layer: str) -> str:
     return re.sub(r"^stage(\d+)_block(\d+)_", r"s\1b\2 ", layer.removesuffix("/kernel"))
 
 
+def titles(layers: Iterable[str]) -> dict[str, str]:
+    """Short names for a legend, of blocks where each has one layer.
+
+    Example:
+        >>> titles(["stage1_block1_out", "stage1_block2_out"])
+        {'stage1_block1_out': 's1b1', 'stage1_block2_out': 's1b2'}
+    """
+    names = {layer: short(layer) for layer in layers}
+    blocks = {layer: re.sub(r"[ _](out|branch)$", "", name) for layer, name in names.items()}
+    return blocks if len(set(blocks.values())) == len(blocks) else names
+
+
 def name_layers(axes: Axes, layers: Sequence[str], first: int = 0, vertical: bool = False) -> None:
     """Label an axis of layers: by name where there is room, else by stage, else by number."""
     axis = axes.yaxis if vertical else axes.xaxis
@@ -148,8 +169,8 @@ def name_layers(axes: Axes, layers: Sequence[str], first: int = 0, vertical: boo
         axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def legend(figure: Figure, columns: int = 6) -> None:
-    """One legend for all axes, below them."""
+def legend(figure: Figure) -> None:
+    """One legend for all axes, below them, in as many columns as have room."""
     entries = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -157,6 +178,9 @@ def legend(figure: Figure, columns: int = 6) -> None:
     last = [label for label in ("theory", "zero", "not finite") if label in entries]
     order = [label for label in entries if label not in last] + last
     if order:
+        inches = 0.6 + 0.075 * max(map(len, order))  # of an entry
+        lines = math.ceil(len(order) / max(1, int(figure.get_figwidth() / inches)))
+        columns = math.ceil(len(order) / lines)
         figure.legend([entries[label] for label in order], order, loc="outside lower center", ncols=columns)
 
 
