@@ -178,9 +178,7 @@ def test_history_shows_layers_over_epochs():
     figure = plots.draw("history", LOGS, panels=("variance", "branch"), layers=["stage3_block1_out"])
     line = _lines(figure.axes[1])["s3b1"]
     np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2])
-    np.testing.assert_allclose(
-        line.get_ydata(), [8, 8.1, 8.2]
-    )  # 1 + depth 4 + acv 1 + b 2, and 0.1 per epoch
+    np.testing.assert_allclose(line.get_ydata(), [8, 8.1, 8.2])  # 1 + depth 4 + acv 1 + b 2, and 0.1 per epoch
     assert [a.texts[0].get_text() for a in figure.axes[2:]] == ["not recorded"] * 2
     assert figure.axes[1].get_xlabel() == "epoch"
     many = _lines(plots.history({"a": LOGS["a"]}, panels=("variance",), most=3).axes[0])

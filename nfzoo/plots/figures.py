@@ -148,7 +148,9 @@ def history(logs: Logs, panels: Panels = PROPAGATION, *, layers: Sequence[str] |
             f"Expected layers of the log, such as {', '.join(sorted(known)[:4])}. Received: {', '.join(unknown)}"
         )
     chosen = [{title: _chosen(found, title, rows, layers, most) for title, found in grids.items()} for _, grids in rows]
-    shown = [(found, some[title]) for some, (_, grids) in zip(chosen, rows, strict=True) for title, found in grids.items()]
+    shown = [
+        (found, some[title]) for some, (_, grids) in zip(chosen, rows, strict=True) for title, found in grids.items()
+    ]
     hues = colours(titles(found.layers)[layer] for found, some in shown for layer in some)
     for row, (what, grids), some in zip(grid, rows, chosen, strict=True):
         logarithmic = _spans(grids.values())

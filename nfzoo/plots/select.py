@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-# A squared mean that is this much smaller than the mean square is float32's rounding; the theory's, its quadrature's.
-ROUNDING, QUADRATURE = 1e-11, 1e-8
+# A squared mean that is this much smaller than the mean square is float32's rounding.
+ROUNDING = 1e-11
 
 
 class Quantity(NamedTuple):
@@ -185,10 +185,7 @@ def expected(theory: pd.DataFrame | None, what: Quantity, layers: Sequence[str])
     if theory is None or what.statistic not in theory:
         return pd.Series(np.nan, index=layers)
     rows = theory[theory.kind == what.kind].drop_duplicates("layer").set_index("layer")
-    values = rows[what.statistic]
-    if what.statistic in ("acsm", "acv"):
-        values = values.where(values > QUADRATURE * rows.second_moment, 0.0)
-    return values.reindex(layers)
+    return rows[what.statistic].reindex(layers)
 
 
 def select_all(

@@ -163,7 +163,9 @@ def name_layers(axes: Axes, layers: Sequence[str], first: int = 0, vertical: boo
         if not vertical:
             axes.tick_params(axis="x", labelrotation=90, labelsize=6)
     elif spans:
-        axis.set_ticks([(span[0] + span[-1]) / 2 for span in spans.values()], list(spans))
+        narrow = min(map(len, spans.values())) < 0.1 * len(layers)
+        labels = [re.sub("stage|block|conv", lambda m: m[0][0], name) if narrow else name for name in spans]
+        axis.set_ticks([(span[0] + span[-1]) / 2 for span in spans.values()], labels)
         axes.tick_params(axis="y" if vertical else "x", length=0)
     else:
         axis.set_major_locator(MaxNLocator(integer=True))
@@ -178,8 +180,8 @@ def legend(figure: Figure) -> None:
     last = [label for label in ("theory", "zero", "not finite") if label in entries]
     order = [label for label in entries if label not in last] + last
     if order:
-        inches = 0.6 + 0.075 * max(map(len, order))  # of an entry
-        lines = math.ceil(len(order) / max(1, int(figure.get_figwidth() / inches)))
+        inches = sum(0.55 + 0.065 * len(label) for label in order)
+        lines = math.ceil(inches / figure.get_figwidth())
         columns = math.ceil(len(order) / lines)
         figure.legend([entries[label] for label in order], order, loc="outside lower center", ncols=columns)
 

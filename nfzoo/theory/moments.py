@@ -17,6 +17,9 @@ import numpy as np
 from nfzoo import numerics
 from nfzoo.theory.pair import Pair, cdf, normal_nodes
 
+# A squared mean that is this much smaller than the mean square is zero but for the error of quadrature.
+QUADRATURE = 1e-9
+
 FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "linear": lambda z: z,
     "relu": lambda z: np.maximum(z, 0),
@@ -60,6 +63,8 @@ class Moments:
     def __post_init__(self):
         if not self.sides:
             object.__setattr__(self, "sides", tuple(np.ones(side or 1) for side in self.shape[1:-1]))
+        if self.acsm < QUADRATURE * self.second_moment:
+            object.__setattr__(self, "acsm", 0.0)
 
     @property
     def second_moment(self) -> float:
@@ -75,9 +80,15 @@ class Moments:
         return Moments(self.shape, mean, acsm, acv, nonzero, self.sides, **other)
 
     def scaled(self, factor: float) -> "Moments":
-        """The moments of factor * x, which is taken as normal from here on."""
-        square = factor**2
-        return self.like(factor * self.mean, square * self.acsm, square * self.acv, self.nonzero if factor else 0.0)
+        """The moments of factor * x, for a factor that is not negative."""
+        square, source, pair = factor**2, None, None
+        if factor and self.source:
+            before, function = self.source
+            source = before, lambda z: factor * function(z)
+        if factor and self.pair:
+            pair = Pair(factor * self.pair.values, self.pair.weight)
+        nonzero = self.nonzero if factor else 0.0
+        return self.like(factor * self.mean, square * self.acsm, square * self.acv, nonzero, source=source, pair=pair)
 
     def plus(self, other: "Moments", own: float = 1.0, others: float = 1.0) -> "Moments":
         """The moments of own * x + others * y, where y is an independent map of random weights."""
