@@ -166,6 +166,30 @@ def test_not_finite_is_a_cross_and_zero_on_a_logarithmic_axis_a_triangle():
     np.testing.assert_array_equal(plain["at initialisation"].get_ydata(), [3, 2, 0, 2, 1])
 
 
+def test_a_squared_mean_that_is_rounding_is_zero():
+    log = _damaged(1.0).assign(second_moment=1.0, acsm=[1e-14, 0.1, 2e-13, 0.2, 0.3])
+    axes = plots.signal_propagation({"a": log}, panels=("mean",)).axes[0]
+    np.testing.assert_array_equal(_lines(axes)["at initialisation"].get_ydata(), [0, 0.1, 0, 0.2, 0.3])
+    assert axes.get_yscale() == "linear"
+
+
+def test_on_a_logarithmic_axis_theory_has_a_gap_where_it_expects_zero():
+    log = _damaged([1.0, 10.0, 100.0, 1000.0, 10000.0])
+    theory = _theory(log)
+    theory.loc[theory.depth == 10, "acv"] = 0.0
+    (line,) = _told(plots.signal_propagation({"a": log}, panels=("variance",), theory={"a": theory}).axes[0])
+    np.testing.assert_array_equal(line.get_ydata(), [0.5, np.nan, 50, 500])
+
+
+def test_scalars_of_a_network_without_blocks_are_one_line():
+    rows = [
+        {"kind": "parameter", "layer": f"{name}/gamma", "depth": i, "step": 0, "epoch": 0, "value": 1.0 + i}
+        for i, name in enumerate(["bn_conv1", "block_1_expand_BN", "block_1_project_BN"])
+    ]
+    axes = plots.draw("scalars", {"mobile": pd.DataFrame(rows)}).axes[0]
+    assert [(label, list(line.get_ydata())) for label, line in _lines(axes).items()] == [("gamma", [1, 2, 3])]
+
+
 def test_many_epochs_are_thinned_and_the_first_and_the_last_kept():
     logs = {"a": _log(epochs=40, kinds=KINDS[:1])}
     labels = list(_lines(plots.draw("propagation", logs, panels=("variance",)).axes[0]))

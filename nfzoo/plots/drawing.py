@@ -61,9 +61,10 @@ def by_depth(
 
 def draw_theory(axes: Axes, grid: Grid, theory: pd.Series, logarithmic: bool, **style) -> None:
     """Draw what is expected at initialisation, dashed, at the layers that the theory has a word on."""
-    known = theory.to_numpy(float)
-    shown = np.isfinite(known) & ((known > 0) | (not logarithmic))
-    axes.plot(grid.positions[shown], known[shown], gid="theory", **(THEORY | {"label": "theory"} | style))
+    values = theory.to_numpy(float)
+    known = np.isfinite(values)
+    shown = np.where((values > 0) | (not logarithmic), values, np.nan)  # zero leaves a gap, silence does not
+    axes.plot(grid.positions[known], shown[known], gid="theory", **(THEORY | {"label": "theory"} | style))
 
 
 def spans(*grids: Grid) -> bool:

@@ -45,7 +45,7 @@ PANELS: dict[str, Quantity] = {
 }
 _USUAL = ("acsm", "acv", "second_moment", "value")
 # Where a network has no such place, what comes nearest: networks of other libraries name no blocks.
-_INSTEAD = {"block": ("merge", "activation", "preactivation"), "activation": ("block",)}
+_INSTEAD = {"block": ("merge", "activation", "preactivation"), "activation": ("block", "merge")}
 
 
 @dataclass(frozen=True)

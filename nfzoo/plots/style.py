@@ -40,6 +40,11 @@ def styled(function: Callable) -> Callable:
     return draw
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches that no window shows."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def save(figure: Figure, path: str | pathlib.Path) -> pathlib.Path:
     """Write a figure as PNG (or what the ending says), whole or not at all."""
     with atomic(path) as partial:
@@ -77,11 +82,12 @@ def curve(axes: Axes, x, y, *, logarithmic: bool, measured=True, rounding=0.0, *
 
     Args:
         measured: whether there is a value at all; where not, there is a gap and no cross.
-        rounding: values at or below count as zero on a logarithmic axis.
+        rounding: values at or below count as zero.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
+    y = np.where(np.abs(y) <= rounding, 0.0, y)
     bad = ~np.isfinite(y)
-    zero = ~bad & (y <= rounding) & logarithmic
+    zero = ~bad & (y <= 0) & logarithmic
     few = len(y) <= 60
     marks = {"marker": "o", "markersize": 2.6 if few else 1.2, "linewidth": 1.2 if few else 0.9}
     axes.plot(x, np.where(bad | zero, np.nan, y), **(marks | style))
@@ -169,6 +175,12 @@ def name_layers(axes: Axes, layers: Sequence[str], first: int = 0, vertical: boo
         axes.tick_params(axis="y" if vertical else "x", length=0)
     else:
         axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def depth_axis(axes: Axes, layers: Sequence[str], first: int = 0) -> None:
+    """Label an x axis of layers that are no blocks."""
+    name_layers(axes, layers, first)
+    axes.set_xlabel("" if len(layers) <= NAMED else "layers in order of depth")
 
 
 def legend(figure: Figure) -> None:
