@@ -63,8 +63,11 @@ def draw_theory(axes: Axes, grid: Grid, theory: pd.Series, logarithmic: bool, **
     """Draw what is expected at initialisation, dashed, at the layers that the theory has a word on."""
     values = theory.to_numpy(float)
     known = np.isfinite(values)
-    shown = np.where((values > 0) | (not logarithmic), values, np.nan)  # zero leaves a gap, silence does not
-    axes.plot(grid.positions[known], shown[known], gid="theory", **(THEORY | {"label": "theory"} | style))
+    shown = np.where((values > 0) | (not logarithmic), values, np.nan)[known]  # zero leaves a gap, silence does not
+    there = np.pad(np.isfinite(shown), 1)
+    lone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:]).tolist()  # no line goes to them
+    style = THEORY | {"label": "theory", "marker": "_", "markersize": 4, "markevery": lone} | style
+    axes.plot(grid.positions[known], shown, gid="theory", **style)
 
 
 def spans(*grids: Grid) -> bool:
