@@ -1,6 +1,6 @@
 """From a selection to axes: by depth, over time, as a map, as a distribution. The figures compose these."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ def by_depth(
         return nothing(axes)
     steps = grid.chosen(6) if steps is None else [step for step in steps if step in grid.steps]
     if logarithmic is None:
-        logarithmic = spans(grid)
+        logarithmic = spans([grid])
     for step in steps:
         curve(
             axes, grid.positions, grid.values[step], logarithmic=logarithmic, measured=grid.measured[step].to_numpy(),
@@ -70,9 +70,14 @@ def draw_theory(axes: Axes, grid: Grid, theory: pd.Series, logarithmic: bool, **
     axes.plot(grid.positions[known], shown, gid="theory", **style)
 
 
-def spans(*grids: Grid) -> bool:
-    """Whether the values of grids want a logarithmic axis; what is zero but for rounding does not count."""
-    return wide(*(grid.values.where(grid.values > grid.rounding, grid.values.clip(upper=0)) for grid in grids))
+def spans(grids: Iterable[Grid], told: Iterable = ()) -> bool:
+    """Whether grids want a logarithmic axis, and what is told of them; what is zero but for rounding does not count."""
+    measured = [_cleared(grid.values, grid.rounding) for grid in grids if not grid.empty]
+    return bool(measured) and wide(*measured, *told)
+
+
+def _cleared(values: pd.DataFrame, rounding: pd.DataFrame) -> pd.DataFrame:
+    return values.where(values > rounding, values.clip(upper=0))
 
 
 def over_time(
@@ -99,7 +104,7 @@ def over_time(
         )
     part = grid.values.loc[list(layers)]
     if logarithmic is None:
-        logarithmic = wide(part.where(part > grid.rounding.loc[list(layers)], part.clip(upper=0)))
+        logarithmic = wide(_cleared(part, grid.rounding.loc[list(layers)]))
     x, name = timeline(grid)
     names = titles(grid.layers)
     hues = hues or colours(names[layer] for layer in layers)
@@ -148,7 +153,7 @@ def heat(axes: Axes, grid: Grid, norm: Normalize) -> QuadMesh | None:
 
 def common_norm(grids: Sequence[Grid]) -> Normalize | None:
     """One colour scale for several maps: logarithmic where the values span more than two decades; None for no value."""
-    parts = [grid.values.where(grid.values > grid.rounding, grid.values.clip(upper=0)) for grid in grids]
+    parts = [_cleared(grid.values, grid.rounding) for grid in grids]
     every = np.concatenate([part.to_numpy(float).ravel() for part in parts if not part.empty] or [np.zeros(0)])
     every = every[np.isfinite(every)]
     if not len(every):

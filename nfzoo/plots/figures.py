@@ -6,7 +6,6 @@ All take `logs`, {title: table of nfzoo.spp.read or nfzoo.spp.snapshot}, and whe
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,7 +26,6 @@ from nfzoo.plots.style import (
     stage,
     styled,
     titles,
-    wide,
 )  # fmt: skip
 
 Logs = Mapping[str, pd.DataFrame]
@@ -61,7 +59,7 @@ def signal_propagation(
     grid = figure.subplots(len(rows), len(logs), sharey="row", squeeze=False)
     for row, (what, grids) in zip(grid, rows, strict=True):
         told = _told(what, grids, theory)
-        logarithmic = _spans(grids.values(), told.values())
+        logarithmic = drawing.spans(grids.values(), told.values())
         for axes, (title, found) in zip(row, grids.items(), strict=True):
             drawing.by_depth(axes, found, found.chosen(most), theory=told[title], logarithmic=logarithmic)
             _blocks_axis(axes, found, what)
@@ -89,7 +87,7 @@ def epochs(
     figure = new_figure(1.0 + 2.2 * len(steps), 0.8 + 1.9 * len(rows))
     grid = figure.subplots(len(rows), len(steps), sharex="row", sharey="row", squeeze=False)
     for row, (what, grids) in zip(grid, rows, strict=True):
-        logarithmic = _spans(grids.values(), _told(what, grids, theory).values())
+        logarithmic = drawing.spans(grids.values(), _told(what, grids, theory).values())
         for axes, step in zip(row, steps, strict=True):
             _models(axes, what, grids, theory, lambda found, at=step: _latest(found, at), logarithmic)
         row[0].set_ylabel(what.title)
@@ -151,7 +149,7 @@ def history(logs: Logs, panels: Panels = PROPAGATION, *, layers: Sequence[str] |
     ]
     hues = colours(titles(found.layers)[layer] for found, some in shown for layer in some)
     for row, (what, grids), some in zip(grid, rows, chosen, strict=True):
-        logarithmic = _spans(grids.values())
+        logarithmic = drawing.spans(grids.values())
         for axes, (title, found) in zip(row, grids.items(), strict=True):
             if some[title]:
                 drawing.over_time(axes, found, some[title], logarithmic=logarithmic, hues=hues)
@@ -193,12 +191,6 @@ def heatmap(logs: Logs, panel: str | Quantity = "variance") -> Figure:
 
 
 # ------------------------------------------------------------------ what the figures share
-def _spans(grids, told=()) -> bool:
-    """Whether the panels of a row want a logarithmic axis, what is expected included."""
-    measured = [g.values.where(g.values > g.rounding, g.values.clip(upper=0)) for g in grids if not g.empty]
-    return wide(*measured, *(np.asarray(series, float) for series in told)) if measured else False
-
-
 def _told(what: Quantity, grids: Mapping[str, Grid], theory: Logs | None) -> dict[str, pd.Series]:
     return {title: expected((theory or {}).get(title), what, found.layers) for title, found in grids.items()}
 
@@ -221,7 +213,7 @@ def _models(axes, what, grids: Mapping[str, Grid], theory, step_of, logarithmic:
     steps = {title: step for title, found in shown.items() if (step := step_of(found)) is not None}
     told = _told(what, shown, theory)
     if logarithmic is None:
-        logarithmic = _spans([shown[title].at(step) for title, step in steps.items()], told.values())
+        logarithmic = drawing.spans([shown[title].at(step) for title, step in steps.items()], told.values())
     hues = colours(grids)
     for title, step in steps.items():
         found = shown[title]
