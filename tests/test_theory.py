@@ -288,3 +288,21 @@ def test_the_posters_definition_takes_dense_layers_as_flat():
     assert poster.acsm["hidden_linear2/kernel"] == poster.acv["hidden_linear2/kernel"] == pytest.approx(2 / 512)
     with pytest.raises(ValueError, match="definition='both'"):
         theory.profile("none_ffnn_10x512", definition="both")
+
+
+def test_a_skip_of_an_nf_network_keeps_the_zeros_of_padded_channels():
+    """CIFAR ResNets double the channels with zeros; with skip gains of 0 nothing is added to them."""
+    table = theory.profile("nf_resnet20_cifar").set_index("layer").nonzero
+    found = [table[f"stage{stage}_block3_out"] for stage in (1, 2, 3)]
+    np.testing.assert_allclose(found, [1, 1 / 4, 1 / 8], atol=0.005)  # half the channels, half of them positive
+
+
+def test_batch_normalization_leaves_no_mean_to_scatter():
+    """The mean of n pixels scatters by their variance over n, but not after the mean of the batch was subtracted."""
+    options = {"input_shape": (128, 128, 3), "batch": 8}
+    table = theory.profile("bn_resnetv2_50", {"order": "relu-bn-conv", "init": "he"}, **options).set_index("layer")
+    assert table.acsm["stage1_block2_out"] == table.acsm["stage1_block3_branch"] == 0
+    # The first block of a stage takes every second pixel of its normalized input, which have a mean of their own.
+    shortcut = table.acsm["stage3_block1_out"]
+    assert shortcut == pytest.approx(0.75 * 2 / (8 * 8 * 8), rel=0.05)
+    assert table.acsm["stage3_block4_out"] == pytest.approx(shortcut)

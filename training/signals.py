@@ -11,7 +11,7 @@ was run, on what); TABLE_signals.csv the signals, as `nfzoo.spp.read` gives them
 import datetime
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -30,7 +30,7 @@ with quiet_start():
     import keras
 
     import nfzoo
-    from nfzoo import data, engine, plots, recipes, spp
+    from nfzoo import data, engine, plots, recipes, spp, theory
     from nfzoo.files import atomic
 
 FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
@@ -53,6 +53,10 @@ def add_signals(table: str, row: str, seed: int, rows: pd.DataFrame) -> None:
     rows = rows[COLUMNS + [name for name in rows.columns if name not in COLUMNS]]
     with atomic(RESULTS / f"{table}_signals.csv") as partial:
         (pd.concat([before, rows]) if len(before) else rows).to_csv(partial, index=False, float_format="%.4g")
+
+
+def split(signals: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {name: rows for name, rows in signals.groupby("row", sort=False)}
 
 
 # ------------------------------------------------------------ networks at initialisation
@@ -130,16 +134,19 @@ def profile_tables(signals: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def expected(row: Profile) -> pd.DataFrame:
+    return theory.profile(row.model, row.build, input_shape=(row.size, row.size, 3), batch=row.batch)
+
+
 def profile_figures(signals: pd.DataFrame) -> dict[str, Figure]:
-    names = [row.name for row in PROFILES["resnetv2_profiles"]]
-    first = signals[signals.seed == 0]
-    return {
-        f"resnetv2_{depth}": plots.signal_propagation(
-            {name.split(", ")[1]: first[first.row == name] for name in names if name.startswith(depth)},
-            panels=("mean", "variance", "branch"),
-        )
-        for depth in ("50", "600")
-    }
+    logs = split(signals[signals.seed == 0])
+    figures = {}
+    for depth in ("50", "600"):
+        rows = {row.name.split(", ")[1]: row for row in PROFILES["resnetv2_profiles"] if row.name.startswith(depth)}
+        measured = {title: logs[row.name] for title, row in rows.items()}
+        told = {title: expected(row) for title, row in rows.items()}
+        figures[f"resnetv2_{depth}"] = plots.draw("resnetv2", measured, theory=told)
+    return figures
 
 
 # ------------------------------------------------------------ networks in training
@@ -227,22 +234,12 @@ def ffnn_tables(signals: pd.DataFrame) -> str:
 
 def ffnn_figures(signals: pd.DataFrame) -> dict[str, Figure]:
     seed = signals.seed.iloc[0]
-    rows = linear_gradients(signals[signals.seed == seed]).assign(place="layer")
-    panel = {"gradient at linear\noutputs, mean square": ("gradient", "second_moment")}
-    return {"ffnn_gradients": grid(split(rows), panel, "linear layer (9: classifier)")}
+    return {"ffnn_gradients": plots.draw("gradients", split(linear_gradients(signals[signals.seed == seed])))}
 
 
 # ------------------------------------------------------------ EfficientNet, the poster's Figures 4 and 5
-PANELS = {
-    "activations\naverage channel squared mean": ("activation", "acsm"),
-    "activations\naverage channel variance": ("activation", "acv"),
-    "weights\nmean square": ("weight", "second_moment"),
-    "gradients\nmean square": ("gradient", "second_moment"),
-}
-
-
 def efficientnet_figures(signals: pd.DataFrame) -> dict[str, Figure]:
-    return {"efficientnet_signals": grid(split(signals.assign(place="layer")), PANELS, "layer")}
+    return {"efficientnet_signals": plots.draw("poster", split(signals))}
 
 
 def efficientnet_tables(signals: pd.DataFrame) -> str:
@@ -262,16 +259,7 @@ def efficientnet_tables(signals: pd.DataFrame) -> str:
 
 # ------------------------------------------------------------ EUNNet, its Figures 5 and 7
 def eunnet_figures(signals: pd.DataFrame) -> dict[str, Figure]:
-    rows = signals[signals.place == "block"].assign(place="layer")
-    panels = {
-        "variance of\nblock output": ("activation", "acv"),
-        "non-zero ratio of\nblock output": ("activation", "nonzero"),
-    }
-    figure = grid(split(rows), panels, "block (0: stem)")
-    for axes in figure.axes[len(figure.axes) // 2 :]:
-        axes.set_yscale("linear")
-        axes.set_ylim(0, 1.02)
-    return {"eunnet_activations": figure}
+    return {"eunnet_activations": plots.signal_propagation(split(signals), ("variance", "nonzero"))}
 
 
 def eunnet_tables(signals: pd.DataFrame) -> str:
@@ -281,28 +269,6 @@ def eunnet_tables(signals: pd.DataFrame) -> str:
         for name, column in (("variance", "acv"), ("non-zero ratio", "nonzero")):
             lines.append(f"| {row} | {epoch} | {name} | {' '.join(f'{value:.2g}' for value in part[column])} |")
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------ drawing
-def split(signals: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    return {name: rows for name, rows in signals.groupby("row", sort=False)}
-
-
-def grid(logs: Mapping[str, pd.DataFrame], panels: Mapping[str, tuple[str, str]], xlabel: str) -> Figure:
-    """One column per network, one row per (kind, statistic), every tap whatever it shows."""
-    size = (1.2 + 3.4 * len(logs), 0.9 + 2.1 * len(panels))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(panels), len(logs), sharey="row", squeeze=False)
-    for line, (text, (kind, statistic)) in zip(axes, panels.items(), strict=True):
-        for cell, log in zip(line, logs.values(), strict=True):
-            plots.depth_profile(cell, log, kind, "layer", statistic, most=5)
-            cell.set_xlabel(xlabel, fontsize=8)
-            cell.tick_params(labelsize=8)
-        line[0].set_ylabel(text, fontsize=9)
-    for cell, title in zip(axes[0], logs, strict=True):
-        cell.set_title(title, fontsize=10)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    return figure
 
 
 # ------------------------------------------------------------ the command

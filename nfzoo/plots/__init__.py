@@ -1,7 +1,8 @@
 """Pictures from logs and tables only; no Keras here.
 
-A selection of a log (`select.py`) is drawn on axes (`drawing.py`) in one style (`style.py`); the figures (`figures.py`)
-compose that, and `FIGURES` names them. `animation.py` films them; `training.py` draws histories and scans.
+A selection of a log (`select.py`) is drawn on axes (`drawing.py`) in one style (`style.py`); the figures (`figures.py`,
+`parameters.py`) compose that, and `FIGURES` names them. `animation.py` films them; `training.py` draws histories and
+scans.
 """
 
 import inspect
@@ -21,10 +22,9 @@ from nfzoo.plots.figures import (
     epochs,
     heatmap,
     history,
-    scalars,
     signal_propagation,
-    weights,
 )  # fmt: skip
+from nfzoo.plots.parameters import scalars, weights
 from nfzoo.plots.select import PANELS, Grid, Quantity, expected, select
 from nfzoo.plots.style import save
 from nfzoo.plots.training import histories, scan

@@ -1,6 +1,7 @@
 """From a selection to axes: by depth, over time, as a map, as a distribution. The figures compose these."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,11 +10,11 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
 
-from nfzoo.plots.select import Grid
+from nfzoo.plots.select import Grid, evenly
 from nfzoo.plots.style import (
     COLOURS,
     THEORY,
-    colour,
+    colours,
     curve,
     foot,
     in_time,
@@ -21,7 +22,7 @@ from nfzoo.plots.style import (
     name_layers,
     nothing,
     scale,
-    short,
+    titles,
     wide,
 )  # fmt: skip
 
@@ -30,7 +31,7 @@ BANDS = ((0.025, 0.975), (0.16, 0.84))
 
 def by_depth(
     axes: Axes, grid: Grid, steps: Sequence[int] | None = None, *, theory: pd.Series | None = None,
-    logarithmic: bool | None = None, colours: Sequence | None = None, labels: Sequence[str] | None = None,
+    logarithmic: bool | None = None,
 ) -> None:  # fmt: skip
     """Draw a quantity by depth, a line per step.
 
@@ -39,18 +40,17 @@ def by_depth(
         steps: which; default: at most 6, the first and the last included.
         theory: expected values by layer, drawn dashed.
         logarithmic: the scale; default: where the values span more than two decades.
-        colours, labels: of the lines; default: by time.
     """
     if grid.empty:
         return nothing(axes)
     steps = grid.chosen(6) if steps is None else [step for step in steps if step in grid.steps]
     if logarithmic is None:
-        logarithmic = spans(grid)
-    for i, step in enumerate(steps):
+        logarithmic = spans([grid])
+    for step in steps:
         curve(
             axes, grid.positions, grid.values[step], logarithmic=logarithmic, measured=grid.measured[step].to_numpy(),
-            rounding=grid.rounding[step].to_numpy(), label=labels[i] if labels else grid.label(step),
-            color=colours[i] if colours else in_time(grid.steps.index(step), len(grid.steps)),
+            rounding=grid.rounding[step].to_numpy(), label=grid.label(step),
+            color=in_time(grid.steps.index(step), len(grid.steps)),
         )  # fmt: skip
     if theory is not None and theory.notna().any():
         draw_theory(axes, grid, theory, logarithmic)
@@ -61,24 +61,35 @@ def by_depth(
 
 def draw_theory(axes: Axes, grid: Grid, theory: pd.Series, logarithmic: bool, **style) -> None:
     """Draw what is expected at initialisation, dashed, at the layers that the theory has a word on."""
-    known = theory.to_numpy(float)
-    shown = np.isfinite(known) & ((known > 0) | (not logarithmic))
-    axes.plot(grid.positions[shown], known[shown], label="theory", gid="theory", **(THEORY | style))
+    values = theory.to_numpy(float)
+    known = np.isfinite(values)
+    shown = np.where((values > 0) | (not logarithmic), values, np.nan)[known]  # zero leaves a gap, silence does not
+    there = np.pad(np.isfinite(shown), 1)
+    lone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:]).tolist()  # no line goes to them
+    style = THEORY | {"label": "theory", "marker": "_", "markersize": 4, "markevery": lone} | style
+    axes.plot(grid.positions[known], shown, gid="theory", **style)
 
 
-def spans(*grids: Grid) -> bool:
-    """Whether the values of grids want a logarithmic axis; what is zero but for rounding does not count."""
-    return wide(*(grid.values.where(grid.values > grid.rounding, grid.values.clip(upper=0)) for grid in grids))
+def spans(grids: Iterable[Grid], told: Iterable = ()) -> bool:
+    """Whether grids want a logarithmic axis, and what is told of them; what is zero but for rounding does not count."""
+    measured = [_cleared(grid.values, grid.rounding) for grid in grids if not grid.empty]
+    return bool(measured) and wide(*measured, *told)
+
+
+def _cleared(values: pd.DataFrame, rounding: pd.DataFrame) -> pd.DataFrame:
+    return values.where(values > rounding, values.clip(upper=0))
 
 
 def over_time(
-    axes: Axes, grid: Grid, layers: Sequence[str] | None = None, *, most: int = 6, logarithmic: bool | None = None
-) -> None:
+    axes: Axes, grid: Grid, layers: Sequence[str] | None = None, *, most: int = 6, logarithmic: bool | None = None,
+    hues: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Draw layers over epochs (over steps, where several were measured in an epoch).
 
     Args:
         layers: their names; default: at most `most`, evenly over depth.
         logarithmic: scale of the values; default: where they span more than two decades.
+        hues: colours by the name that `style.titles` gives a layer.
 
     Raises:
         ValueError: for a layer that the log has not.
@@ -86,21 +97,21 @@ def over_time(
     if grid.empty:
         return nothing(axes)
     if layers is None:
-        layers = [grid.layers[i] for i in np.linspace(0, len(grid.layers) - 1, min(most, len(grid.layers))).round()]
+        layers = [grid.layers[i] for i in evenly(len(grid.layers), most)]
     if unknown := [layer for layer in layers if layer not in grid.layers]:
         raise ValueError(
             f"Expected layers with this quantity, such as {', '.join(grid.layers[:4])}. Received: {', '.join(unknown)}"
         )
     part = grid.values.loc[list(layers)]
     if logarithmic is None:
-        logarithmic = wide(part.where(part > grid.rounding.loc[list(layers)], part.clip(upper=0)))
+        logarithmic = wide(_cleared(part, grid.rounding.loc[list(layers)]))
     x, name = timeline(grid)
-    for i, layer in enumerate(layers):
-        # Few layers have a colour each, many the place that they have in the network.
-        hue = colour(i) if len(layers) <= len(COLOURS) else in_time(i, len(layers))
+    names = titles(grid.layers)
+    hues = hues or colours(names[layer] for layer in layers)
+    for layer in layers:
         curve(
             axes, x, part.loc[layer], logarithmic=logarithmic, measured=grid.measured.loc[layer].to_numpy(),
-            rounding=grid.rounding.loc[layer].to_numpy(), label=short(layer), color=hue,
+            rounding=grid.rounding.loc[layer].to_numpy(), label=names[layer], color=hues[names[layer]],
         )  # fmt: skip
     scale(axes, logarithmic)
     axes.set_xlabel(name)
@@ -132,19 +143,17 @@ def heat(axes: Axes, grid: Grid, norm: Normalize) -> QuadMesh | None:
     if len(rows):
         axes.plot(columns, rows, "x", color="#B00020", markersize=3, linestyle="none", label="not finite")
     x, name = timeline(grid)
-    shown_steps = sorted({round(i) for i in np.linspace(0, len(x) - 1, min(8, len(x)))})
+    shown_steps = evenly(len(x), 8)
     axes.set_xticks(shown_steps, [f"{x[i]:g}" for i in shown_steps])
     axes.set_xlabel(name)
     name_layers(axes, grid.layers, vertical=True)
-    for line in (mark_stages(axes, grid.layers, vertical=False), *axes.lines):
-        if line is not None and line.get_gid() == "stage":
-            line.set(color="white", zorder=2)
+    mark_stages(axes, grid.layers, vertical=False, color="white", zorder=2)
     return mesh
 
 
 def common_norm(grids: Sequence[Grid]) -> Normalize | None:
     """One colour scale for several maps: logarithmic where the values span more than two decades; None for no value."""
-    parts = [grid.values.where(grid.values > grid.rounding, grid.values.clip(upper=0)) for grid in grids]
+    parts = [_cleared(grid.values, grid.rounding) for grid in grids]
     every = np.concatenate([part.to_numpy(float).ravel() for part in parts if not part.empty] or [np.zeros(0)])
     every = every[np.isfinite(every)]
     if not len(every):

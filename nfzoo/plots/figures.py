@@ -1,13 +1,11 @@
-"""The figures: each composes the drawings of `drawing.py`. From tables only.
+"""Figures of signal propagation: each composes the drawings of `drawing.py`. From tables only.
 
 All take `logs`, {title: table of nfzoo.spp.read or nfzoo.spp.snapshot}, and where theory has something to say `theory`,
 {title: table of nfzoo.theory.profile}, drawn dashed.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,16 +15,17 @@ from nfzoo.plots import drawing
 from nfzoo.plots.select import Grid, Quantity, check, evenly, expected, select_all
 from nfzoo.plots.style import (
     THEORY,
-    colour,
+    colours,
     curve,
+    depth_axis,
     legend,
     mark_stages,
-    name_layers,
+    new_figure,
     nothing,
     scale,
     stage,
     styled,
-    wide,
+    titles,
 )  # fmt: skip
 
 Logs = Mapping[str, pd.DataFrame]
@@ -34,8 +33,6 @@ Panels = Sequence[str | Quantity]
 PROPAGATION = ("mean", "variance", "branch", "gradient")
 POSTER = ("layer_mean", "layer_variance", "weight", "layer_gradient")
 PAPER = ("mean", "variance", "branch")
-# Scalars that a network learns, the most telling first: of branches, of units, of normalizations.
-SCALARS = (r"_(out|sum|exit)/gain$", r"/(gain|scale)$", r"/gamma$")
 
 
 @styled
@@ -58,14 +55,14 @@ def signal_propagation(
     """
     logs = check(logs)
     rows = select_all(logs, panels)
-    figure = _figure(1.2 + 3.2 * len(logs), 0.8 + 1.9 * len(rows))
+    figure = new_figure(1.2 + 3.2 * len(logs), 0.8 + 1.9 * len(rows))
     grid = figure.subplots(len(rows), len(logs), sharey="row", squeeze=False)
     for row, (what, grids) in zip(grid, rows, strict=True):
-        told = {title: expected((theory or {}).get(title), what, found.layers) for title, found in grids.items()}
-        logarithmic = _spans(grids.values(), told.values())
+        told = _told(what, grids, theory)
+        logarithmic = drawing.spans(grids.values(), told.values())
         for axes, (title, found) in zip(row, grids.items(), strict=True):
             drawing.by_depth(axes, found, found.chosen(most), theory=told[title], logarithmic=logarithmic)
-            _depth_axis(axes, found, what)
+            _blocks_axis(axes, found, what)
         row[0].set_ylabel(what.title)
     for axes, title in zip(grid[0], logs, strict=True):
         axes.set_title(title)
@@ -87,11 +84,12 @@ def epochs(
     rows = select_all(logs, panels)
     steps = sorted({step for _, grids in rows for found in grids.values() for step in found.steps})
     steps = [steps[i] for i in evenly(len(steps), most)]
-    figure = _figure(1.0 + 2.2 * len(steps), 0.8 + 1.9 * len(rows))
+    figure = new_figure(1.0 + 2.2 * len(steps), 0.8 + 1.9 * len(rows))
     grid = figure.subplots(len(rows), len(steps), sharex="row", sharey="row", squeeze=False)
     for row, (what, grids) in zip(grid, rows, strict=True):
+        logarithmic = drawing.spans(grids.values(), _told(what, grids, theory).values())
         for axes, step in zip(row, steps, strict=True):
-            _models(axes, what, grids, theory, lambda found, at=step: _latest(found, at), _spans(grids.values()))
+            _models(axes, what, grids, theory, lambda found, at=step: _latest(found, at), logarithmic)
         row[0].set_ylabel(what.title)
     named = next(found for _, grids in rows for found in grids.values() if not found.empty)
     for axes, step in zip(grid[0], steps, strict=True):
@@ -115,13 +113,13 @@ def compare(
         raise ValueError(f'Expected at to hold "first" or "last". Received: {sorted(unknown)}')
     columns = select_all(logs, panels)
     times = [when for when in at if when == "first" or len(at) == 1 or _trained(columns)]
-    figure = _figure(1.0 + 3.6 * len(columns), 0.8 + 2.3 * len(times))
+    figure = new_figure(1.0 + 3.6 * len(columns), 0.8 + 2.3 * len(times))
     grid = figure.subplots(len(times), len(columns), squeeze=False)
     for row, when in zip(grid, times, strict=True):
         for axes, (what, grids) in zip(row, columns, strict=True):
             position = 0 if when == "first" else -1
             _models(axes, what, grids, theory, lambda found, at=position: found.steps[at])
-            axes.set_ylabel(what.title.replace("\n", " "))
+            axes.set_ylabel(what.title)
             if len(times) > 1:
                 axes.set_title("at initialisation" if when == "first" else "at the end")
     legend(figure)
@@ -138,26 +136,32 @@ def history(logs: Logs, panels: Panels = PROPAGATION, *, layers: Sequence[str] |
     """
     logs = check(logs)
     rows = select_all(logs, panels)
-    figure = _figure(1.2 + 3.2 * len(logs), 0.8 + 1.9 * len(rows))
+    figure = new_figure(1.2 + 3.2 * len(logs), 0.8 + 1.9 * len(rows))
     grid = figure.subplots(len(rows), len(logs), sharey="row", sharex="col", squeeze=False)
     known = {layer for _, grids in rows for found in grids.values() for layer in found.layers}
     if layers is not None and (unknown := [layer for layer in layers if layer not in known]):
         raise ValueError(
             f"Expected layers of the log, such as {', '.join(sorted(known)[:4])}. Received: {', '.join(unknown)}"
         )
-    for row, (what, grids) in zip(grid, rows, strict=True):
-        logarithmic = _spans(grids.values())
+    chosen = [{title: _chosen(found, title, rows, layers, most) for title, found in grids.items()} for _, grids in rows]
+    shown = [
+        (found, some[title]) for some, (_, grids) in zip(chosen, rows, strict=True) for title, found in grids.items()
+    ]
+    hues = colours(titles(found.layers)[layer] for found, some in shown for layer in some)
+    for row, (what, grids), some in zip(grid, rows, chosen, strict=True):
+        logarithmic = drawing.spans(grids.values())
         for axes, (title, found) in zip(row, grids.items(), strict=True):
-            chosen = None if layers is None else [layer for layer in layers if layer in found.layers]
-            if chosen == []:
-                nothing(axes)
+            if some[title]:
+                drawing.over_time(axes, found, some[title], logarithmic=logarithmic, hues=hues)
             else:
-                drawing.over_time(axes, found, chosen, most=most, logarithmic=logarithmic)
-            if row is grid[0]:
-                axes.set_title(title)
-            if axes.axison and (row is not grid[-1]):
-                axes.set_xlabel("")
+                nothing(axes)
         row[0].set_ylabel(what.title)
+    for column, title in zip(grid.T, logs, strict=True):
+        column[0].set_title(title)
+        *above, lowest = [axes for axes in column if axes.axison] or [column[-1]]
+        lowest.tick_params(labelbottom=True)
+        for axes in above:
+            axes.set_xlabel("")
     legend(figure)
     return figure
 
@@ -173,7 +177,7 @@ def heatmap(logs: Logs, panel: str | Quantity = "variance") -> Figure:
     logs = check(logs)
     ((what, grids),) = select_all(logs, [panel])
     tallest = max(len(found.layers) for found in grids.values())
-    figure = _figure(1.6 + 3.0 * len(logs), min(1.2 + 0.12 * tallest, 8.0) if tallest > 12 else 2.8)
+    figure = new_figure(1.6 + 3.0 * len(logs), min(1.2 + 0.12 * tallest, 8.0) if tallest > 12 else 2.8)
     row = figure.subplots(1, len(logs), squeeze=False)[0]
     norm = drawing.common_norm(list(grids.values()))
     meshes = [drawing.heat(axes, found, norm) for axes, found in zip(row, grids.values(), strict=True)]
@@ -186,142 +190,56 @@ def heatmap(logs: Logs, panel: str | Quantity = "variance") -> Figure:
     return figure
 
 
-@styled
-def weights(
-    logs: Logs, edges: Sequence[float] | None = None, *, theory: Logs | None = None, kind: str = "weight"
-) -> Figure:
-    """Draw the distribution of every layer's weights, at initialisation and at the end, one row per model.
-
-    The statistic `histogram` must have been recorded. Theory gives the band of 95 % of the initial (normal) weights.
-
-    Args:
-        logs, theory: see `signal_propagation`.
-        edges: between the bins of the histograms: `nfzoo.spp.read_meta(run)["edges"]`.
-        kind: "weight", "effective_weight", "weight_gradient", or "activation".
-
-    References: EUNNet (IEEE Access 2023), Figure 4.
-    """
-    logs = check(logs)
-    if edges is None:
-        raise ValueError('Expected the edges of the histograms, nfzoo.spp.read_meta(run)["edges"]. Received: none')
-    logs = {title: log[log.kind == kind] for title, log in logs.items()}
-    if any("histogram" not in log or log.histogram.isna().all() for log in logs.values()):
-        raise ValueError(
-            f'Expected records of kind {kind!r} with the statistic "histogram". Received: a log without; record them '
-            'with nfzoo.SignalPropagation(what="weights", statistics=("histogram", …))'
-        )
-    longest = max(log.step.nunique() for log in logs.values())
-    figure = _figure(1.2 + 4.2 * min(longest, 2), 0.8 + 2.3 * len(logs))
-    grid = figure.subplots(len(logs), min(longest, 2), sharey="row", squeeze=False)
-    for row, (title, log) in zip(grid, logs.items(), strict=True):
-        layers = log.sort_values("depth", kind="stable").layer.unique()
-        deviation = expected((theory or {}).get(title), Quantity("", kind, None, "second_moment"), layers) ** 0.5
-        steps = sorted(log.step.unique())
-        for axes, step in zip(row, [steps[0], steps[-1]], strict=False):
-            now = log[log.step == step].drop_duplicates("layer").set_index("layer").histogram.reindex(layers)
-            drawing.bands(axes, layers, list(now), edges)
-            for sign in (-1, 1):
-                if deviation.notna().any():
-                    axes.plot(1.96 * sign * deviation.to_numpy(), drawstyle="steps-mid", label="theory", **THEORY)
-            name_layers(axes, layers)
-            epoch = int(log[log.step == step].epoch.iloc[0])
-            axes.set_title(f"{title}, {'at initialisation' if step == 0 else f'epoch {epoch}'}")
-        _symmetric(row)
-        row[0].set_ylabel(f"{kind.replace('_', ' ')}s")
-    legend(figure)
-    return figure
-
-
-@styled
-def scalars(logs: Logs, pattern: str | None = None) -> Figure:
-    """Draw learned scalars by block, at the end and (thin) at initialisation, one panel per model.
-
-    Of a vector, such as a gamma, the mean is drawn and the range from least to largest is shaded.
-
-    Args:
-        logs: see `signal_propagation`, with records of kind "parameter".
-        pattern: regular expression on variable paths; default: the scalars of residual branches if there are, else
-            gains of units, else the gammas of normalizations.
-
-    References: EUNNet (IEEE Access 2023), Table 7.
-    """
-    logs = check(logs)
-    figure = _figure(1.2 + 3.8 * len(logs), 3.4)
-    row = figure.subplots(1, len(logs), sharey=True, squeeze=False)[0]
-    found = {title: _parameters(log, pattern) for title, log in logs.items()}
-    if all(rows.empty for rows in found.values()):
-        raise ValueError(
-            f"Expected records of kind 'parameter'{f' that match {pattern!r}' if pattern else ''}. Received: logs "
-            'without; record them with nfzoo.SignalPropagation(what=(…, "parameters"))'
-        )
-    logarithmic = wide(*(rows.value for rows in found.values() if not rows.empty))
-    for axes, (title, rows) in zip(row, found.items(), strict=True):
-        axes.set_title(title)
-        axes.set_xlabel("block (0: stem)")
-        if rows.empty:
-            nothing(axes)
-            continue
-        blocks = _blocks(logs[title])
-        for i, (role, group) in enumerate(rows.groupby(rows.layer.map(_role), sort=False)):
-            _scalar(axes, group, blocks, str(role), colour(i), logarithmic)
-        mark_stages(axes, list(blocks), min(blocks.values()))
-        scale(axes, logarithmic)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    row[0].set_ylabel("value")
-    legend(figure)
-    return figure
-
-
 # ------------------------------------------------------------------ what the figures share
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
+def _told(what: Quantity, grids: Mapping[str, Grid], theory: Logs | None) -> dict[str, pd.Series]:
+    return {title: expected((theory or {}).get(title), what, found.layers) for title, found in grids.items()}
 
 
-def _spans(grids, told=()) -> bool:
-    """Whether the panels of a row want a logarithmic axis, what is expected included."""
-    measured = [g.values.where(g.values > g.rounding, g.values.clip(upper=0)) for g in grids if not g.empty]
-    return wide(*measured, *(np.asarray(series, float) for series in told)) if measured else False
-
-
-def _depth_axis(axes, found: Grid, what: Quantity) -> None:
+def _blocks_axis(axes, found: Grid, what: Quantity) -> None:
     if found.empty:
         return
-    blocks = what.place in ("block", "branch") and all(stage(layer) or "stem" in layer for layer in found.layers)
-    if blocks:
+    if what.place in ("block", "branch") and all(stage(layer) or "stem" in layer for layer in found.layers):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("block (0: stem)")
     else:
-        name_layers(axes, found.layers, found.first)
-        axes.set_xlabel("" if len(found.layers) <= 32 else "layers in order of depth")
+        depth_axis(axes, found.layers, found.first)
 
 
 def _models(axes, what, grids: Mapping[str, Grid], theory, step_of, logarithmic: bool | None = None) -> None:
     """One line per model, each with its theory in its own colour."""
     shown = {title: found for title, found in grids.items() if not found.empty}
-    told = {title: expected((theory or {}).get(title), what, found.layers) for title, found in shown.items()}
     if not shown:
         return nothing(axes)
+    steps = {title: step for title, found in shown.items() if (step := step_of(found)) is not None}
+    told = _told(what, shown, theory)
     if logarithmic is None:
-        logarithmic = _spans(shown.values(), told.values())
-    for i, title in enumerate(grids):
-        if title not in shown:
-            continue
-        found, step = shown[title], step_of(shown[title])
-        if step is None:
-            continue
+        logarithmic = drawing.spans([shown[title].at(step) for title, step in steps.items()], told.values())
+    hues = colours(grids)
+    for title, step in steps.items():
+        found = shown[title]
         curve(
-            axes, found.positions, found.values[step], logarithmic=logarithmic, label=title, color=colour(i),
+            axes, found.positions, found.values[step], logarithmic=logarithmic, label=title, color=hues[title],
             measured=found.measured[step].to_numpy(), rounding=found.rounding[step].to_numpy(),
         )  # fmt: skip
         if told[title].notna().any():
-            drawing.draw_theory(axes, found, told[title], logarithmic, color=colour(i), alpha=0.7, label="_theory")
+            drawing.draw_theory(axes, found, told[title], logarithmic, color=hues[title], alpha=0.7, label="_theory")
     if any(series.notna().any() for series in told.values()):
         axes.add_line(Line2D([], [], label="theory", **THEORY))
     longest = max(shown.values(), key=lambda found: len(found.layers))
     mark_stages(axes, longest.layers, longest.first)
     scale(axes, logarithmic)
     axes.margins(x=0.03)
-    _depth_axis(axes, longest, what)
+    _blocks_axis(axes, longest, what)
+
+
+def _chosen(found: Grid, title: str, rows, layers: Sequence[str] | None, most: int) -> list[str]:
+    """The layers of one panel; by default, of the same blocks in all panels of a model."""
+    if layers is not None:
+        return [layer for layer in layers if layer in found.layers]
+    names = max((list(titles(grids[title].layers).values()) for _, grids in rows), key=len)
+    kept = {names[i] for i in evenly(len(names), most)}
+    mine = [layer for layer, name in titles(found.layers).items() if name in kept]
+    return mine or [found.layers[i] for i in evenly(len(found.layers), most)]
 
 
 def _latest(found: Grid, step: int) -> int | None:
@@ -331,59 +249,3 @@ def _latest(found: Grid, step: int) -> int | None:
 
 def _trained(columns) -> bool:
     return any(len(found.steps) > 1 for _, grids in columns for found in grids.values())
-
-
-def _symmetric(row) -> None:
-    """Limits of a row of distributions, about zero; logarithmic on both sides where layers differ by decades."""
-    most = max(abs(limit) for axes in row for limit in axes.dataLim.intervaly)
-    widths = np.concatenate(
-        [np.ravel(path.vertices[:, 1]) for axes in row for c in axes.collections for path in c.get_paths()]
-    )
-    widths = np.abs(widths[np.isfinite(widths) & (widths != 0)])
-    for axes in row:
-        if wide(widths, decades=2.5):
-            axes.set_yscale("symlog", linthresh=float(np.quantile(widths, 0.05)))
-        axes.set_ylim(-1.05 * most, 1.05 * most)
-        axes.margins(x=0.02)
-
-
-def _parameters(log: pd.DataFrame, pattern: str | None) -> pd.DataFrame:
-    """The scalars to show, in the order of the network."""
-    rows = log[log.kind == "parameter"]
-    for candidate in (pattern,) if pattern else SCALARS:
-        chosen = rows[[re.search(candidate, path) is not None for path in rows.layer]]
-        if not chosen.empty:
-            return chosen.sort_values("depth", kind="stable")
-    return rows.iloc[:0]
-
-
-_BLOCK = re.compile(r"^(stage\d+_block\d+|stem|top)_")
-
-
-def _role(path: str) -> str:
-    """What a variable is within its block: "stage2_block3_conv1/gain" is "conv1 gain"."""
-    return _BLOCK.sub("", path).replace("/", " ")
-
-
-def _block(path: str) -> str:
-    match = _BLOCK.match(path)
-    return match.group(1) if match else path.rpartition("/")[0]
-
-
-def _blocks(log: pd.DataFrame) -> dict[str, int]:
-    """Name of a block -> its position on the axis; the stem is 0."""
-    rows = log[log.kind == "parameter"].sort_values("depth", kind="stable")
-    names = dict.fromkeys(map(_block, rows.layer))
-    return {name: i for i, name in enumerate(names, 0 if "stem" in names else 1)}
-
-
-def _scalar(axes, rows: pd.DataFrame, blocks: dict[str, int], role: str, hue: str, logarithmic: bool) -> None:
-    """One scalar of each block: its last values, and its first ones thin."""
-    steps = sorted(rows.step.unique())
-    for step in steps[-1:] + steps[:1] * (len(steps) > 1):
-        now, last = rows[rows.step == step], step == steps[-1]
-        x = [blocks[_block(path)] for path in now.layer]
-        style = {"label": role} if last else {"alpha": 0.5, "marker": "", "linestyle": ":"}
-        curve(axes, x, now.value, logarithmic=logarithmic, color=hue, **style)
-        if last and {"min", "max"} <= set(now) and (now["max"] > now["min"]).any():
-            axes.fill_between(x, now["min"], now["max"], color=hue, alpha=0.12, linewidth=0)

@@ -45,7 +45,7 @@ PANELS: dict[str, Quantity] = {
 }
 _USUAL = ("acsm", "acv", "second_moment", "value")
 # Where a network has no such place, what comes nearest: networks of other libraries name no blocks.
-_INSTEAD = {"block": ("merge", "activation", "preactivation"), "activation": ("block",)}
+_INSTEAD = {"block": ("merge", "activation", "preactivation"), "activation": ("block", "merge")}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class Grid:
     @property
     def empty(self) -> bool:
         return self.values.empty
+
+    def at(self, step: int) -> "Grid":
+        """This step alone."""
+        values, measured, rounding = (table[[step]] for table in (self.values, self.measured, self.rounding))
+        return Grid(values, {step: self.epochs[step]}, measured, rounding, self.first)
 
     def label(self, step: int) -> str:
         """How a legend calls a step."""

@@ -1,9 +1,11 @@
 """How every figure looks: colours, scales, marks of stages and of what is not finite, one legend, files."""
 
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -38,6 +40,11 @@ def styled(function: Callable) -> Callable:
     return draw
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches that no window shows."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def save(figure: Figure, path: str | pathlib.Path) -> pathlib.Path:
     """Write a figure as PNG (or what the ending says), whole or not at all."""
     with atomic(path) as partial:
@@ -48,6 +55,13 @@ def save(figure: Figure, path: str | pathlib.Path) -> pathlib.Path:
 def colour(index: int) -> str:
     """Colour of the model or layer of this number."""
     return COLOURS[index % len(COLOURS)]
+
+
+def colours(names: Iterable[str]) -> dict[str, Any]:
+    """Colour of each: few have one each, many the place that they have in their order."""
+    names = list(dict.fromkeys(names))
+    few = len(names) <= len(COLOURS)
+    return {name: colour(i) if few else in_time(i, len(names)) for i, name in enumerate(names)}
 
 
 def in_time(index: int, count: int) -> tuple:
@@ -68,11 +82,12 @@ def curve(axes: Axes, x, y, *, logarithmic: bool, measured=True, rounding=0.0, *
 
     Args:
         measured: whether there is a value at all; where not, there is a gap and no cross.
-        rounding: values at or below count as zero on a logarithmic axis.
+        rounding: values at or below count as zero.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
+    y = np.where(np.abs(y) <= rounding, 0.0, y)
     bad = ~np.isfinite(y)
-    zero = ~bad & (y <= rounding) & logarithmic
+    zero = ~bad & (y <= 0) & logarithmic
     few = len(y) <= 60
     marks = {"marker": "o", "markersize": 2.6 if few else 1.2, "linewidth": 1.2 if few else 0.9}
     axes.plot(x, np.where(bad | zero, np.nan, y), **(marks | style))
@@ -94,8 +109,11 @@ def scale(axes: Axes, logarithmic: bool) -> None:
     """Set the scale of the y axis; a linear axis of what is never negative starts at zero."""
     if logarithmic:
         axes.set_yscale("log")
-    elif axes.get_ylim()[0] < 0 and all((np.nan_to_num(line.get_ydata()) >= 0).all() for line in axes.lines):
-        axes.set_ylim(bottom=0)
+    elif axes.lines and all((np.nan_to_num(line.get_ydata()) >= 0).all() for line in axes.lines):
+        # Limits that are set would be those of the whole row, whatever is drawn there later.
+        axes.update_datalim([(0, 0)], updatex=False)
+        axes.lines[0].sticky_edges.y.append(0)
+        axes.autoscale(axis="y")
 
 
 def stage(layer: str) -> str | None:
@@ -115,16 +133,28 @@ def stage_ends(layers: Sequence[str]) -> list[float]:
     return [i + 0.5 for i, (a, b) in enumerate(zip(stages, stages[1:], strict=False)) if a != b]
 
 
-def mark_stages(axes: Axes, layers: Sequence[str], first: int = 0, vertical: bool = True) -> None:
-    """Draw a grey line where a stage ends."""
+def mark_stages(axes: Axes, layers: Sequence[str], first: int = 0, vertical: bool = True, **style) -> None:
+    """Draw a line, grey unless told otherwise, where a stage ends."""
     for end in stage_ends(layers):
         draw = axes.axvline if vertical else axes.axhline
-        draw(end + first, color="0.8", linewidth=0.7, zorder=0, gid="stage")
+        draw(end + first, gid="stage", **({"color": "0.8", "linewidth": 0.7, "zorder": 0} | style))
 
 
 def short(layer: str) -> str:
     """A layer's name as an axis has room for: "stage2_block3_conv1/kernel" is "s2b3 conv1"."""
     return re.sub(r"^stage(\d+)_block(\d+)_", r"s\1b\2 ", layer.removesuffix("/kernel"))
+
+
+def titles(layers: Iterable[str]) -> dict[str, str]:
+    """Short names for a legend, of blocks where each has one layer.
+
+    Example:
+        >>> titles(["stage1_block1_out", "stage1_block2_out"])
+        {'stage1_block1_out': 's1b1', 'stage1_block2_out': 's1b2'}
+    """
+    names = {layer: short(layer) for layer in layers}
+    blocks = {layer: re.sub(r"[ _](out|branch)$", "", name) for layer, name in names.items()}
+    return blocks if len(set(blocks.values())) == len(blocks) else names
 
 
 def name_layers(axes: Axes, layers: Sequence[str], first: int = 0, vertical: bool = False) -> None:
@@ -139,14 +169,22 @@ def name_layers(axes: Axes, layers: Sequence[str], first: int = 0, vertical: boo
         if not vertical:
             axes.tick_params(axis="x", labelrotation=90, labelsize=6)
     elif spans:
-        axis.set_ticks([(span[0] + span[-1]) / 2 for span in spans.values()], list(spans))
+        narrow = min(map(len, spans.values())) < 0.1 * len(layers)
+        labels = [re.sub("stage|block|conv", lambda m: m[0][0], name) if narrow else name for name in spans]
+        axis.set_ticks([(span[0] + span[-1]) / 2 for span in spans.values()], labels)
         axes.tick_params(axis="y" if vertical else "x", length=0)
     else:
         axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def legend(figure: Figure, columns: int = 6) -> None:
-    """One legend for all axes, below them."""
+def depth_axis(axes: Axes, layers: Sequence[str], first: int = 0) -> None:
+    """Label an x axis of layers that are no blocks."""
+    name_layers(axes, layers, first)
+    axes.set_xlabel("" if len(layers) <= NAMED else "layers in order of depth")
+
+
+def legend(figure: Figure) -> None:
+    """One legend for all axes, below them, in as many columns as have room."""
     entries = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -154,6 +192,9 @@ def legend(figure: Figure, columns: int = 6) -> None:
     last = [label for label in ("theory", "zero", "not finite") if label in entries]
     order = [label for label in entries if label not in last] + last
     if order:
+        inches = sum(0.55 + 0.065 * len(label) for label in order)
+        lines = math.ceil(inches / figure.get_figwidth())
+        columns = math.ceil(len(order) / lines)
         figure.legend([entries[label] for label in order], order, loc="outside lower center", ncols=columns)
 
 

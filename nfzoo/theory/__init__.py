@@ -128,7 +128,7 @@ def _resolve(name: names.Name, build: dict) -> tuple[Words, Any]:
 
 def _of_map(x: Moments, definition: str) -> dict[str, float]:
     # The mean over n values scatters by their variance / n, which a measured variance then lacks.
-    found = 0.0 if None in x.shape else x.acv / math.prod(x.shape[:-1])
+    found = 0.0 if None in x.shape else x.scatter * x.acv / math.prod(x.shape[:-1])
     values = {"mean": x.mean, "acsm": x.acsm + found, "acv": x.acv - found}
     if definition == "poster" and len(x.shape) == 2:
         values |= {"acsm": x.second_moment, "acv": x.second_moment - x.mean**2}

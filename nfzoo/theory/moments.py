@@ -17,6 +17,9 @@ import numpy as np
 from nfzoo import numerics
 from nfzoo.theory.pair import Pair, cdf, normal_nodes
 
+# A squared mean that is this much smaller than the mean square is zero but for the error of quadrature.
+QUADRATURE = 1e-9
+
 FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "linear": lambda z: z,
     "relu": lambda z: np.maximum(z, 0),
@@ -46,6 +49,8 @@ class Moments:
             the borders.
         source: the map and the activation that made this one, as long as no other layer came after.
         pair: distribution of two pixels of a channel, where it is not taken as normal.
+        scatter: share of acv that the mean over a batch of n pixels scatters by, over n: 0 after batch normalization,
+            which subtracts that very mean.
     """
 
     shape: tuple
@@ -56,10 +61,13 @@ class Moments:
     sides: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
     source: "tuple[Moments, Callable] | None" = field(default=None, compare=False, repr=False)
     pair: Pair | None = field(default=None, compare=False, repr=False)
+    scatter: float = field(default=1.0, repr=False)
 
     def __post_init__(self):
         if not self.sides:
             object.__setattr__(self, "sides", tuple(np.ones(side or 1) for side in self.shape[1:-1]))
+        if self.acsm < QUADRATURE * self.second_moment:
+            object.__setattr__(self, "acsm", 0.0)
 
     @property
     def second_moment(self) -> float:
@@ -75,9 +83,17 @@ class Moments:
         return Moments(self.shape, mean, acsm, acv, nonzero, self.sides, **other)
 
     def scaled(self, factor: float) -> "Moments":
-        """The moments of factor * x, which is taken as normal from here on."""
-        square = factor**2
-        return self.like(factor * self.mean, square * self.acsm, square * self.acv, self.nonzero if factor else 0.0)
+        """The moments of factor * x, for a factor that is not negative."""
+        square, source, pair = factor**2, None, None
+        if factor and self.source:
+            before, function = self.source
+            source = before, lambda z: factor * function(z)
+        if factor and self.pair:
+            pair = Pair(factor * self.pair.values, self.pair.weight)
+        return self.like(
+            factor * self.mean, square * self.acsm, square * self.acv, self.nonzero if factor else 0.0,
+            source=source, pair=pair, scatter=self.scatter,
+        )  # fmt: skip
 
     def plus(self, other: "Moments", own: float = 1.0, others: float = 1.0) -> "Moments":
         """The moments of own * x + others * y, where y is an independent map of random weights."""
@@ -90,7 +106,9 @@ class Moments:
         sides = tuple(share * a + (1 - share) * b for a, b in zip(self.sides, other.sides, strict=True))
         if pair:
             pair = pair.plus(abs(others) * other.spread, abs(others) * math.sqrt(other.acv), own)
-        return Moments(self.shape, mean, acsm, acv, 1 - zero, sides, pair=pair)
+        found = own**2 * self.acv * self.scatter + others**2 * other.acv * other.scatter
+        scatter = found / acv if acv else 1.0
+        return Moments(self.shape, mean, acsm, acv, 1 - zero, sides, pair=pair, scatter=scatter)
 
     def joint(self) -> Pair | None:
         """The pair of an activated map; None for one that is taken as normal."""
@@ -110,13 +128,19 @@ class Moments:
         """The map at every `stride`-th pixel; `moments` replace those that change."""
         sides = [side if side is None else -(-side // stride) for side in self.shape[1:-1]]
         shape = (self.shape[0], *sides, self.shape[-1])
+        moments = {"scatter": _sampled(self.scatter, stride)} | moments
         return replace(self, shape=shape, sides=tuple(a[::stride] / a[::stride].mean() for a in self.sides), **moments)
 
     def pooled(self) -> "Moments":
         """The moments of the mean over height and width, one value per example and channel."""
         sides = self.shape[1:-1]
         acv = 0.0 if None in sides else self.acv / math.prod(sides)
-        return Moments((self.shape[0], self.shape[-1]), self.mean, self.acsm, acv)
+        return Moments((self.shape[0], self.shape[-1]), self.mean, self.acsm, acv, scatter=self.scatter)
+
+
+def _sampled(scatter: float, stride: int) -> float:
+    """The scatter of every `stride`-th pixel, whose mean is no longer that of all."""
+    return 1 - (1 - scatter) / stride**2
 
 
 def windows(side: int | None, kernel: int, stride: int, padding: str) -> tuple[int | None, np.ndarray, np.ndarray]:
@@ -176,7 +200,10 @@ def convolve(
         acsm, second = acsm - means**2 * shared, second - squares * shared
     gain = variance * x.shape[-1] / groups * kernel ** len(sides)
     acsm, second = gain * max(float(acsm), 0.0), gain * max(float(second), 0.0)
-    return Moments((x.shape[0], *lengths, outputs), 0.0, acsm, max(second - acsm, 0.0), sides=tuple(sides))
+    return Moments(
+        (x.shape[0], *lengths, outputs), 0.0, acsm, max(second - acsm, 0.0), sides=tuple(sides),
+        scatter=_sampled(x.scatter, stride),
+    )  # fmt: skip
 
 
 def activate(x: Moments, function: Callable[[np.ndarray], np.ndarray]) -> Moments:
@@ -236,12 +263,12 @@ def max_pool(x: Moments, size: int, stride: int) -> Moments:
     level = math.prod(np.sqrt(side).mean() for side in x.sides)  # where the map is weaker, its maxima are too
     shift, flat = math.sqrt(x.acv) * largest * level, largest**2 * (1 - level**2)
     moments = {"mean": x.mean + shift, "acsm": x.acsm + 2 * shift * x.mean + shift**2, "acv": x.acv * (variance + flat)}
-    return x.strided(stride, **moments, source=None, pair=None)
+    return x.strided(stride, **moments, source=None, pair=None, scatter=1.0)
 
 
 def average_pool(x: Moments, size: int) -> Moments:
     """The moments after the mean over size x size pixels, independent around the channel's mean."""
-    return x.strided(size, acv=x.acv / size**2, source=None, pair=None)
+    return x.strided(size, acv=x.acv / size**2, source=None, pair=None, scatter=x.scatter)
 
 
 def normalize(x: Moments, kind: str, channels: int = 0) -> Moments:
@@ -253,9 +280,9 @@ def normalize(x: Moments, kind: str, channels: int = 0) -> Moments:
             channel only), or "l2" (divide by the norm over the channels).
     """
     if kind == "channel":
-        return x.like(0.0, 0.0, 1.0)
+        return x.like(0.0, 0.0, 1.0, scatter=0.0)
     if kind == "centre":
-        return x.like(0.0, 0.0, x.acv)
+        return x.like(0.0, 0.0, x.acv, scatter=0.0)
     if kind == "l2":
         return x.scaled((x.second_moment * x.shape[-1]) ** -0.5)
     if kind == "tensor":
