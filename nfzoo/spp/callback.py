@@ -156,7 +156,9 @@ class SignalPropagation(keras.callbacks.Callback):
         if self.x is not None:
             loss = None if self.y is None else loss_of(self.model, self.loss)
             self.probe = Probe(self.model, loss=loss, **self.options)
-        self.step = self.start = self.start_step = self.steps_before + int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+        self.step = self.start = self.start_step = self.steps_before + int(
+            keras.ops.convert_to_numpy(self.model.optimizer.iterations)
+        )
         self._measured, self._compared, self.alarms = None, [], []
         if self.log is not None:
             self.log.rewind(self.step or -1)  # a start from nothing measures step 0 anew
