@@ -124,3 +124,11 @@ def test_published_profiles_are_within_the_tolerance(name):
     row = next(row for row in signals.PROFILES["resnetv2_profiles"] if row.name == name)
     table = signals.compare(row, signals.signals_of("resnetv2_profiles"))
     assert len(table) >= 9 and (table.deviation.abs() <= row.tolerance).all()
+
+
+@pytest.mark.parametrize("name", signals.EXPERIMENTS)
+def test_documented_tables_are_those_of_the_measurements(name, tmp_path, monkeypatch):
+    measured = signals.signals_of(name)
+    monkeypatch.setattr(signals, "RESULTS", tmp_path)
+    documented = (TRAINING.parent / "docs" / "signal_propagation.md").read_text()
+    assert signals.EXPERIMENTS[name].tables(measured) in documented

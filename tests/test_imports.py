@@ -48,7 +48,10 @@ def test_frameworks_stay_in_their_files():
     "name",
     ["numerics.py", "recipes.py", "sources.py", "models/sites.py", "models/efficientnet.py", "fetch.py", "alarms.py"]
     + [f"theory/{name}.py" for name in ("__init__", "moments", "pair", "words")]
-    + [f"plots/{name}.py" for name in ("__init__", "animation", "drawing", "figures", "select", "style", "training")]
+    + [
+        f"plots/{name}.py"
+        for name in ("__init__", "animation", "drawing", "figures", "parameters", "select", "style", "training")
+    ]
     + [f"report/{name}.py" for name in ("__init__", "contents", "quantities")],
 )
 def test_tables_and_numbers_need_no_keras(name):
@@ -66,7 +69,10 @@ ALLOWED = {
     "plots/figures.py": {"plots", "plots.drawing", "plots.select", "plots.style"},
     "plots/animation.py": {"files", "plots.figures", "plots.select", "plots.style"},
     "plots/training.py": {"plots.style"},
-    "plots/__init__.py": {f"plots.{n}" for n in ("animation", "drawing", "figures", "select", "style", "training")},
+    "plots/parameters.py": {"plots", "plots.drawing", "plots.select", "plots.style"},
+    "plots/__init__.py": {
+        f"plots.{n}" for n in ("animation", "drawing", "figures", "parameters", "select", "style", "training")
+    },
     "theory/pair.py": set(),
     "theory/moments.py": {"numerics", "theory.pair"},
     "theory/words.py": {"numerics", "models.sites", "theory.moments"},

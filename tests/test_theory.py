@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 
 import nfzoo
@@ -276,9 +277,16 @@ def test_what_was_measured_at_the_stem_is_taken_from_there():
 
 def test_theory_of_a_run():
     options = {"model": "nf_test_resnet", "build": {"alpha": 1.0}, "images": {"classes": ["a", "b", "c"]}}
-    table = theory.of_run(options, batch=4)
+    options["images"]["shape"] = [32, 32, 3]
+    table = theory.of_run(options)
     assert set(table.columns) >= {"step", "epoch", "kind", "layer", "acsm", "acv", "second_moment"}
-    assert table.equals(theory.profile("nf_test_resnet", {"alpha": 1.0}, classes=3, batch=4))
+    size = {"classes": 3, "input_shape": (32, 32, 3)}
+    assert table.equals(theory.profile("nf_test_resnet", {"alpha": 1.0}, **size))
+    stem = {"kind": "activation", "layer": "stem_out", "step": [0, 9], "acsm": [3.0, 1.0], "acv": [5.0, 1.0]}
+    onwards = theory.of_run(options, pd.DataFrame(stem))
+    assert onwards.equals(theory.profile("nf_test_resnet", {"alpha": 1.0}, stem=(3.0, 5.0), **size))
+    assert onwards.set_index("layer").acv["stem_out"] == 5 and not onwards.equals(table)
+    assert theory.of_run(options, pd.DataFrame({"kind": ["weight"], "layer": ["a"], "acsm": [1.0]})).equals(table)
     assert theory.of_run({"model": "my_net", "build": {}}) is None
 
 
