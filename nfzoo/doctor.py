@@ -195,7 +195,7 @@ def alarms_of_the_log(case: Case) -> Iterator[Finding]:
 def depth(case: Case) -> Iterator[Finding]:
     """How the signal and the gradient change over the depth of the network, at initialisation."""
     for kind, what in (("activation", "signal"), ("gradient", "gradient")):
-        rows = stream(case.at(kind), kind)
+        rows = stream(case.at(kind), kind).iloc[:: -1 if kind == "gradient" else 1]  # each in its own direction
         values = rows.second_moment[rows.second_moment > 0]
         if len(values) < 3:
             continue

@@ -109,8 +109,10 @@ def report(
     theory: WithTheory = True,
 ) -> None:
     """Write an HTML report of runs: one file that works offline."""
-    from nfzoo import report as writer
-    from nfzoo import theory as expectations
+    with quiet_start():  # logs are read by nfzoo.spp
+        from nfzoo import report as writer
+        from nfzoo import spp  # noqa: F401
+        from nfzoo import theory as expectations
 
     path = writer.write(runs, out, theory=expectations.of_run if theory else None)
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
