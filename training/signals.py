@@ -264,10 +264,11 @@ def eunnet_figures(signals: pd.DataFrame) -> dict[str, Figure]:
 
 def eunnet_tables(signals: pd.DataFrame) -> str:
     lines = ["| network | epoch | quantity | by block (0: stem) |", "| --- | --- | --- | --- |"]
-    blocks = signals[signals.place == "block"].sort_values("depth")
-    for (row, epoch), part in blocks.groupby(["row", "epoch"], sort=False):
-        for name, column in (("variance", "acv"), ("non-zero ratio", "nonzero")):
-            lines.append(f"| {row} | {epoch} | {name} | {' '.join(f'{value:.2g}' for value in part[column])} |")
+    quantities = {"variance": ("block", "acv"), "non-zero ratio": ("block", "nonzero"), "scale": ("parameter", "value")}
+    for (row, epoch), part in signals.sort_values("depth").groupby(["row", "epoch"]):
+        for name, (place, column) in quantities.items():
+            values = " ".join(f"{value:.2g}" for value in part[part.place == place][column])
+            lines += [f"| {row} | {epoch} | {name} | {values} |"] if values else []
     return "\n".join(lines)
 
 
