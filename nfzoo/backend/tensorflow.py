@@ -174,6 +174,6 @@ def column_moments(matrix):
     normal, mean, variance, *_ = normalize(
         x=image, scale=one, offset=zero, mean=tf.zeros(0), variance=tf.zeros(0), epsilon=TINY, is_training=True
     )
-    rows = tf.cast(tf.shape(matrix)[0], tf.float32)
+    rows = matrix.shape[0] or tf.cast(tf.shape(matrix)[0], tf.float32)
     # It tells the unbiased variance; of a single row, 0.
-    return mean, variance * (rows - 1) / rows, tf.reshape(normal, tf.shape(matrix))
+    return mean, variance * ((rows - 1) / rows), tf.reshape(normal, (-1, columns))

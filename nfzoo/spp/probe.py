@@ -1,5 +1,6 @@
 """One measurement of a model on one batch, its state untouched."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ class Probe:
         self.model = model
         self.reduction = Reduction(model, taps, what, definition, statistics)
         loss = self._loss(loss) if "gradients" in what else None
-        self.run = signals(model, self.reduction.taps, loss, self.reduction)
+        self.run = signals(model, self.reduction.taps, loss, self._packed)
+        self._places: list[tuple[str, str, list[str], tuple[int, ...] | None]] = []
 
     def _loss(self, loss) -> Callable | None:
         if loss is None:
@@ -40,8 +42,32 @@ class Probe:
 
     def __call__(self, x, y=None, **columns) -> list[dict]:
         """Measure; return one record per kind and layer, with `columns` (step, epoch) added."""
-        result = keras.tree.map_structure(lambda value: np.asarray(value).tolist(), self.run(x, y))
-        return self.reduction.records(result, columns)
+        return self.reduction.records(self._unpacked(np.asarray(self.run(x, y))), columns)
+
+    def _packed(self, *tensors) -> Any:
+        """The statistics as one vector: thousands of scalars would each take their time to leave the graph."""
+        parts, self._places = [], []
+        for kind, layers in self.reduction(*tensors).items():
+            for layer, values in layers.items():
+                numbers = [name for name, value in values.items() if not len(value.shape)]
+                self._places.append((kind, layer, numbers, None))
+                parts.append(ops.stack([values[name] for name in numbers]))
+                for name in values.keys() - numbers:
+                    self._places.append((kind, layer, [name], tuple(values[name].shape)))
+                    parts.append(ops.reshape(values[name], (-1,)))
+        return ops.concatenate(parts) if parts else ops.zeros((0,))
+
+    def _unpacked(self, vector: np.ndarray) -> dict:
+        result: dict[str, dict[str, dict]] = {}
+        start = 0
+        for kind, layer, names, shape in self._places:
+            size = len(names) if shape is None else math.prod(shape)
+            part, start = vector[start : start + size], start + size
+            told = (
+                zip(names, part.tolist(), strict=True) if shape is None else [(names[0], part.reshape(shape).tolist())]
+            )
+            result.setdefault(kind, {}).setdefault(layer, {}).update(told)
+        return result
 
 
 def snapshot(

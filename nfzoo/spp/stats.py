@@ -47,6 +47,7 @@ class Signal:
     Attributes:
         entries: the tensor as a matrix, a column for each channel.
         mean, variance: of each channel (population variance).
+        size: number of entries, as a number where it is known.
         standardized: the entries with the mean of their channel taken off, over its standard deviation.
         low, high: least and largest entry of each channel.
     """
@@ -75,6 +76,11 @@ class Signal:
         return self._moments[2]
 
     @cached_property
+    def size(self) -> Any:
+        known = None not in self.entries.shape
+        return float(math.prod(self.entries.shape)) if known else ops.cast(ops.size(self.entries), self.entries.dtype)
+
+    @cached_property
     def low(self) -> Any:
         return ops.min(self.entries, axis=0)
 
@@ -87,7 +93,8 @@ class Signal:
         """Some 16,000 entries, of evenly spaced rows: enough to count shares to half a percent."""
         rows, channels = self.entries.shape
         # In a training step the number of examples may be unknown; then all entries count.
-        return self.entries if rows is None else self.entries[:: max(1, rows * channels // _SAMPLE)]
+        stride = 1 if rows is None else max(1, rows * channels // _SAMPLE)
+        return self.entries if stride == 1 else self.entries[::stride]
 
 
 def statistic(function: Callable) -> Callable:
@@ -122,7 +129,7 @@ def acv(signal: Signal) -> Any:
 @statistic
 def second_moment(signal: Signal) -> Any:
     """Mean of x² over everything; the sum of the average channel's squared mean and variance."""
-    return ops.mean(ops.square(signal.mean) + signal.variance)
+    return acsm(signal) + acv(signal)
 
 
 @statistic
@@ -134,8 +141,7 @@ def mean(signal: Signal) -> Any:
 @statistic
 def norm(signal: Signal) -> Any:
     """Euclidean norm of the whole tensor."""
-    size = ops.cast(ops.size(signal.entries), signal.entries.dtype)
-    return ops.sqrt(size * second_moment(signal))
+    return ops.sqrt(signal.size * second_moment(signal))
 
 
 @statistic
@@ -184,12 +190,11 @@ def channel_histogram(signal: Signal) -> Any:
 
 def _bins(x: Any) -> Any:
     """Index of the bin of each entry: 0 the most negative, the middle one for what is about zero."""
-    magnitude = ops.abs(x)
-    positive = ops.log10(ops.maximum(magnitude, 10.0 ** _DECADES[0])) - _DECADES[0]
     most = len(edges()) // 2
-    index = ops.clip(ops.floor(positive * _PER_DECADE) + 1, 1, most)
-    index = ops.where(magnitude < 10.0 ** _DECADES[0], 0.0, index) * ops.sign(x)
-    return ops.cast(index, "int32") + most
+    # What is below the least edge is floored to -1, and so to the middle.
+    magnitude = ops.maximum(ops.abs(x), 0.5 * 10.0 ** _DECADES[0])
+    index = ops.floor(ops.log(magnitude) * (_PER_DECADE / math.log(10)) + (1 - _PER_DECADE * _DECADES[0]))
+    return ops.cast(ops.minimum(ops.maximum(index, 0), most) * ops.sign(x), "int32") + most
 
 
 def resolve(names: str | Sequence[str]) -> tuple[str, ...]:
