@@ -76,6 +76,7 @@ def test_spp_of_runs_and_of_names(trained, call, tmp_path):
         assert picture.width > picture.height / 2 > 200
 
 
+@pytest.mark.slow
 def test_export(trained, call, tmp_path):
     status, out, _ = call("export", trained[0], "--to", tmp_path / "zoo" / "nf")
     assert status == 0 and "compared on real images" in out.replace("\n", " ")
@@ -272,6 +273,7 @@ def test_divergence_is_said_and_is_a_status(call, tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "diverged"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_the_same_command_resumes(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "nfzoo.cli", "train", "sn_test_ffnn", *TINY, "--epochs", "4000", "--out", str(out)]

@@ -117,6 +117,7 @@ def test_a_residual_network_that_explodes():
     assert float(growth.split("a factor of ")[1].split()[0]) == pytest.approx(5, rel=0.15)  # 1 + 4 per block
 
 
+@pytest.mark.slow
 def test_clipping_is_told_of_models_that_clip():
     for factor, severity in ((1e-6, "warning"), (1e3, "note")):
         network = nfzoo.build("nf_test_resnet", classes=2, input_shape=(8, 8, 3), skip_gain=1.0)

@@ -58,7 +58,7 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_its_record(whole):
     folder, metrics = whole
     names = {p.name for p in folder.iterdir()}
-    assert names == {"options.json", "history.csv", "metrics.json", "spp.jsonl", "model.keras"}
+    assert names == {"options.json", "history.csv", "metrics.json", "spp.jsonl", "spp_meta.json", "model.keras"}
     options = engine.read_options(folder)
     assert options["model"] == MODEL and options["build"] == BUILD
     assert recipes.Recipe.model_validate(options["recipe"]) == _recipe()

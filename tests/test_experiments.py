@@ -100,6 +100,7 @@ def test_level_and_ratio_of_gradients():
     assert (level.level, level.ratio, level.inner) == (pytest.approx(2**4.5), 512, 128)
 
 
+@pytest.mark.slow
 def test_a_run_is_collected_before_its_line_is_written(results, monkeypatch):
     row = experiments.Row(
         "tiny", "none_test_efficientnet", "demo", changes={"data.name": "fake", "epochs": 1}, seeds=(0,),

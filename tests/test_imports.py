@@ -165,6 +165,7 @@ print(json.dumps(sorted(sys.modules)))
     assert not {"keras", "tensorflow", "jax", "matplotlib"} & set(fresh_process(code))
 
 
+@pytest.mark.slow
 def test_nfzoo_adds_little_to_the_import_of_keras(fresh_process):
     code = """
 import json, time, keras
@@ -197,6 +198,7 @@ sys.meta_path.insert(0, Block())
 """
 
 
+@pytest.mark.slow
 def test_everything_but_tensorflow_datasets_works_on_jax_without_tensorflow(tmp_path, fresh_process):
     """Import, build, train with AGC, probe, resume, scan, evaluate; tfds says what to do instead."""
     code = (

@@ -90,7 +90,7 @@ def test_gradients_at_taps_equal_finite_differences():
         assert got.flat[i] == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["bn", "nf"])
+@pytest.mark.parametrize("variant", ["bn", pytest.param("nf", marks=pytest.mark.slow)])
 def test_probing_touches_nothing(variant, images):
     """A probe in training mode would move BN's statistics and the dropout stream; the next step must not notice it."""
 
@@ -144,6 +144,7 @@ def test_without_labels_there_are_no_gradients(images):
     assert set(probe.table().kind) == {"activation", "weight"}
 
 
+@pytest.mark.slow
 def test_mixed_precision_statistics_are_float32_and_unscaled(images):
     keras.utils.set_random_seed(0)
     full = spp.snapshot(nfzoo.build("sn_test_efficientnet", dropout_rate=0.0), *images, crossentropy(), taps="blocks")
@@ -155,6 +156,7 @@ def test_mixed_precision_statistics_are_float32_and_unscaled(images):
         np.testing.assert_allclose(b, a, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_any_keras_model_by_layers():
     model = keras.applications.MobileNetV3Small(weights=None, input_shape=(32, 32, 3), classes=5)
     x = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype("float32")
@@ -252,7 +254,10 @@ def test_taps_by_class_name_and_function():
     assert spp.select_taps(model, lambda layer: layer.name == "head") == ["head"]
     assert spp.select_taps(model, ["head", nfzoo.layers.Merge]) == [*merges, "head"]
     foreign = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=4)
-    assert all(isinstance(foreign.get_layer(name), keras.layers.Add) for name in spp.select_taps(foreign))
+    kinds = {type(foreign.get_layer(name)).__name__ for name in spp.select_taps(foreign)}
+    assert kinds == {"Conv2D", "DepthwiseConv2D", "Dense", "ReLU", "Add"}
+    assert all(isinstance(foreign.get_layer(name), keras.layers.Add) for name in spp.select_taps(foreign, "blocks"))
+    assert spp.select_taps(model) == spp.select_taps(model, "blocks")
 
 
 # ---------------------------------------------------------------- the table of statistics

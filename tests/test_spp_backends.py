@@ -13,6 +13,8 @@ from conftest import crossentropy
 import nfzoo
 from nfzoo import spp
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("tests", ["test_spp_live.py", "test_spp_stats.py"])
 def test_the_same_tests_on_jax(tests):

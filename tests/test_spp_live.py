@@ -84,7 +84,7 @@ def weights_after(name, images, callbacks, **options):
     return [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables + model.optimizer.variables]
 
 
-@pytest.mark.parametrize("name", ["bn_test_efficientnet", "nf_test_efficientnet"])
+@pytest.mark.parametrize("name", ["bn_test_efficientnet", pytest.param("nf_test_efficientnet", marks=pytest.mark.slow)])
 def test_training_is_the_same_with_eyes_on_it(name, images):
     """Equal but for rounding: operations are fused differently where their results are also read."""
     live = nfzoo.SignalPropagation(source="live", what=spp.WHAT)
@@ -119,6 +119,7 @@ class Interrupt(keras.callbacks.Callback):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_the_model_gets_its_own_step_back(images, tmp_path):
     model = nfzoo.build("nf_test_resnet")
     live = nfzoo.SignalPropagation(source="live", log_dir=tmp_path)
@@ -185,10 +186,26 @@ def test_shared_layers_count_all_their_calls():
     assert live.table().acv.tolist() == pytest.approx([np.mean(calls)], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_network_of_keras_applications(images):
-    model = keras.applications.MobileNetV3Small(weights=None, input_shape=(32, 32, 3), classes=10)
-    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
-    live = spp.SignalPropagation(source="live", every=1)
+    model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=10, alpha=0.35)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    live = spp.SignalPropagation(source="live", every=1, taps=keras.layers.Add)
     model.fit(*images, batch_size=4, verbose=0, callbacks=[live])
     table = live.table()
     assert table.step.unique().tolist() == [1, 2] and table[table.kind == "gradient"].acv.gt(0).all()
+
+
+def test_a_step_that_xla_compiles(images):
+    def rows(jit):
+        keras.utils.set_random_seed(0)
+        x = image = keras.Input((32, 32, 3))
+        for filters in (4, 8):
+            x = keras.layers.Conv2D(filters, 3, 2, activation="relu")(x)
+        model = keras.Model(image, keras.layers.Dense(10)(keras.layers.Flatten()(x)))
+        model.compile("sgd", crossentropy(), jit_compile=jit)
+        live = spp.SignalPropagation(source="live", every=1)
+        model.fit(*images, batch_size=4, verbose=0, shuffle=False, callbacks=[live])
+        return live.table().second_moment
+
+    np.testing.assert_allclose(rows(True), rows(False), rtol=1e-4)

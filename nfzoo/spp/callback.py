@@ -40,7 +40,7 @@ class SignalPropagation(keras.callbacks.Callback):
         source: "probe" measures on that batch; "live" takes the mean over all training batches since the last record,
             within the training step, and needs no x (with one, initialisation is measured on it).
         every: "epoch", a number of steps, or a function step -> bool (see `log_spaced`).
-        taps: "blocks", "layers", a pattern, a layer class, a list of names, or a function; see `select_taps`.
+        taps: "auto", "blocks", "layers", a pattern, a layer class, a list of names, or a function; see `select_taps`.
         what: any of "activations", "weights", "gradients", "parameters" (scales, gains, moving statistics).
         statistics: "default", "all", or names of `nfzoo.spp.STATS`.
         log_dir: folder for spp.jsonl; None keeps the records in memory.
@@ -65,7 +65,7 @@ class SignalPropagation(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, x=None, y=None, source: str = "probe", every: str | int | Callable[[int], bool] = "epoch", taps="blocks",
+        self, x=None, y=None, source: str = "probe", every: str | int | Callable[[int], bool] = "epoch", taps="auto",
         what=DEFAULT_WHAT, log_dir=None, tensorboard=None, report=None, tell: Callable[[str], Any] | None = print,
         loss=None, definition="channel", statistics="default",
     ):  # fmt: skip

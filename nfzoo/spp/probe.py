@@ -24,7 +24,7 @@ class Probe:
     """
 
     def __init__(
-        self, model, taps="blocks", what=DEFAULT_WHAT, loss=None, definition="channel", statistics="default"
+        self, model, taps="auto", what=DEFAULT_WHAT, loss=None, definition="channel", statistics="default"
     ):  # fmt: skip
         self.model = model
         self.reduction = Reduction(model, taps, what, definition, statistics)

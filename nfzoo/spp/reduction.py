@@ -27,7 +27,7 @@ class Reduction:
         weights: path -> layer that holds the weight, axes of its fan-in.
     """
 
-    def __init__(self, model, taps="blocks", what=DEFAULT_WHAT, definition="channel", statistics="default"):
+    def __init__(self, model, taps="auto", what=DEFAULT_WHAT, definition="channel", statistics="default"):
         if definition not in ("channel", "poster"):
             raise ValueError(f'Expected definition "channel" or "poster". Received: {definition!r}')
         if unknown := set(what) - set(WHAT):

@@ -9,7 +9,11 @@ from keras import layers
 
 SKIPPED = (layers.InputLayer, layers.Dropout, layers.Flatten, layers.ZeroPadding2D)
 ACTIVATIONS = (layers.Activation, layers.ReLU, layers.LeakyReLU, layers.PReLU, layers.ELU, layers.Softmax)
-WEIGHTED = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D, layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+WEIGHTED = (
+    layers.Dense, layers.EinsumDense, layers.Conv1D, layers.Conv2D, layers.Conv3D, layers.Conv1DTranspose,
+    layers.Conv2DTranspose, layers.Conv3DTranspose, layers.DepthwiseConv1D, layers.DepthwiseConv2D,
+    layers.SeparableConv1D, layers.SeparableConv2D,
+)  # fmt: skip
 MERGES = (layers.Add, layers.Average, layers.Maximum, layers.Multiply, layers.Subtract)
 
 
@@ -22,12 +26,13 @@ def all_layers(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, kera
             yield prefix + layer.name, layer
 
 
-def select_taps(model: keras.Model, taps: str | type | Sequence | Callable = "blocks") -> list[str]:
+def select_taps(model: keras.Model, taps: str | type | Sequence | Callable = "auto") -> list[str]:
     """Choose the layers whose outputs are observed, in model order.
 
     Args:
         model: any built model.
-        taps: "blocks" (every block's output and residual branch, in networks of this zoo; elsewhere the residual sums),
+        taps: "auto" ("blocks" in networks of this zoo; elsewhere residual merges, activations, convolutions and dense
+            layers), "blocks" (every block's output and residual branch; where none has such a name, the residual sums),
             "layers" (every layer with weights, activation or merge), a shell pattern on layer names, a layer class, a
             list of names or classes, or a function of a layer. A layer of a nested model is called "outer/inner".
 
@@ -40,6 +45,9 @@ def select_taps(model: keras.Model, taps: str | type | Sequence | Callable = "bl
         ['stem_out', 'stage1_block1_branch', 'stage1_block1_out']
     """
     known = dict(all_layers(model))
+    if taps == "auto":
+        own = any(type(layer).__name__ == "Tap" for layer in known.values())
+        taps = "blocks" if own else (*MERGES, *ACTIVATIONS, *WEIGHTED)
     if taps == "blocks":
         names = [name for name in known if place(name) in ("block", "branch")]
         names = names or [name for name, layer in known.items() if isinstance(layer, MERGES)]
