@@ -80,6 +80,10 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(tiny_timm):
     assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
     with pytest.raises(ValueError, match=expected):
         nfzoo.convert.load("test_nfnet", "timm", wrong)
+    headless = {key: value for key, value in tensors.items() if not key.endswith("fc.bias")}
+    assert len(headless) == len(tensors) - 1
+    with pytest.raises(ValueError, match=r"with head\.fc\.weight but without head\.fc\.bias"):
+        nfzoo.convert.load("test_nfnet", "timm", headless)
     with pytest.raises(ValueError, match=r"with unknown a0, a1, a2, a3, a4, a5 and 2 more\."):
         nfzoo.convert.load("test_nfnet", "timm", tensors | {f"a{n}": np.ones(1) for n in range(8)})
 

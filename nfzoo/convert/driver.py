@@ -52,6 +52,11 @@ def load(name: str, source: str, weights: Any, model_name: str | None = None, **
     # The classifier's bias tells the number of classes; without one the file is a backbone.
     head = tensors.get(rename("head/bias"))
     partial = options.get("features_only") or not options.get("include_top", True)
+    if head is None and not partial and rename("head/kernel") in tensors:
+        raise ValueError(
+            f"Expected a classifier with its bias, or none. Received: {weights if stored else 'tensors'} with "
+            f"{rename('head/kernel')} but without {rename('head/bias')}; include_top=False leaves the classifier out"
+        )
     if head is None:
         options.setdefault("include_top", False)
     elif not partial and options.get("classes") is None:

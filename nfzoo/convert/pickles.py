@@ -88,6 +88,7 @@ ALLOWED: dict[tuple[str, str], Callable] = {
     ("ml_dtypes", "bfloat16"): ml_dtypes.bfloat16,
     ("jax._src.array", "_reconstruct_array"): _jax_array,
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "Counter"): collections.Counter,  # of a schedule's milestones
     ("argparse", "Namespace"): _Options,
     ("_codecs", "encode"): _from_latin,
     # Haiku's immutable dictionaries are made from a plain one.

@@ -70,8 +70,10 @@ def read(path: Path) -> Any:
     Raises:
         ValueError: for a damaged file, or one that names anything but tensors and containers.
     """
-    with path.open("rb"):  # a path that cannot be opened says so itself
-        pass
+    with path.open("rb") as file:  # a path that cannot be opened says so itself
+        begins_as_zip = file.read(4) == b"PK\x03\x04"
+    if begins_as_zip and not zipfile.is_zipfile(path):
+        raise ValueError(f"Expected a PyTorch file. Received: {path}, which is damaged: its end is missing")
     try:
         return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
     except Refused:
