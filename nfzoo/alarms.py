@@ -113,7 +113,7 @@ def alarms(log: pd.DataFrame) -> list[Alarm]:
         ...          "acsm": 0.0, "acv": 10.0**-i, "second_moment": 10.0**-i} for i in range(8)]
         >>> [alarm] = alarms(pd.DataFrame(rows))
         >>> alarm.kind, alarm.layer
-        ('collapse', 'block5')
+        ('collapse', 'block7')
     """
     if log.empty:
         return []

@@ -111,9 +111,9 @@ def examine(
 
     Example:
         >>> import nfzoo
-        >>> model = nfzoo.build("none_test_efficientnet", depth=2.0)
+        >>> model = nfzoo.build("sn_test_ffnn")
         >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        >>> x = np.random.default_rng(0).standard_normal((8, 32, 32, 3)).astype("float32")
+        >>> x = np.random.default_rng(0).standard_normal((8, 8, 8, 3)).astype("float32")
         >>> {finding.severity for finding in examine(model, x, np.zeros(8), steps=2).findings} <= set(SEVERITIES)
         True
     """

@@ -61,7 +61,10 @@ def test_output_is_finite_and_every_variable_has_a_gradient(tiny):
         assert gradient is not None and np.abs(gradient).max() > 0, variable.path
 
 
-@pytest.mark.parametrize("name", TINY)
+# Every variant by the family that admits them all; the rest with the slow tests.
+@pytest.mark.parametrize(
+    "name", [name if "_resnet" in name else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+)
 def test_loss_falls_on_one_batch(name):
     model = _build(name, dropout_rate=0.0)
     # Eagerly: building the graph of a step takes longer than its 25 runs.

@@ -55,8 +55,8 @@ class SignalPropagation(keras.callbacks.Callback):
 
     Example:
         >>> import nfzoo
-        >>> x, y = np.zeros((4, 32, 32, 3), "float32"), np.zeros(4, "int32")
-        >>> model = nfzoo.build("bn_test_efficientnet")
+        >>> x, y = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype("float32"), np.zeros(4, "int32")
+        >>> model = nfzoo.build("sn_test_ffnn")
         >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         >>> probe = SignalPropagation(x, y)
         >>> _ = model.fit(x, y, epochs=2, verbose=0, callbacks=[probe])
