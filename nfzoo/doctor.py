@@ -14,6 +14,7 @@ import pandas as pd
 
 from nfzoo import agc
 from nfzoo.alarms import alarms, stream
+from nfzoo.backend.taps import training_mode
 from nfzoo.spp import WHAT, SignalPropagation
 from nfzoo.spp.stats import DEFAULT
 
@@ -68,7 +69,9 @@ class Case:
         return rows[rows.kind == kind].sort_values("depth", kind="stable")
 
     def normalizations(self) -> list[keras.Layer]:
-        return [layer for layer in self.model._flatten_layers() if isinstance(layer, NORMALIZATIONS)]
+        """Layers that normalize by the batch's statistics: frozen ones take their moving averages."""
+        layers = self.model._flatten_layers()
+        return [layer for layer in layers if isinstance(layer, NORMALIZATIONS) and layer.trainable]
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,14 @@ def examine(
     """
     if not getattr(model, "compiled", False):
         raise ValueError(f"Expected a compiled model (with optimizer and loss). Received: {model.name}, not compiled")
+    if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray):
+        kinds = f"{type(x).__name__} and {type(y).__name__}"
+        raise ValueError(f"Expected one array of examples and one of labels. Received: {kinds}")
     if not len(x) or len(x) != len(y):
         raise ValueError(f"Expected as many labels as examples, at least one. Received: {len(x)} examples, {len(y)}")
+    if not np.isfinite(x).all():
+        broken = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))
+        raise ValueError(f"Expected finite examples. Received: {len(broken)} with NaN or infinity, first: {broken[0]}")
     order = np.arange(steps * batch_size) % len(x)
     watch = SignalPropagation(
         x[:PROBE], y[:PROBE], every=lambda step: step == steps, taps="layers", what=WHAT, tell=None,
@@ -160,7 +169,8 @@ class _Losses(keras.callbacks.Callback):
 def _loss(model: keras.Model, x, y, training: bool) -> float:
     """Loss of one batch; no variable is changed."""
     values = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
-    outputs, _ = model.stateless_call(*values, keras.ops.convert_to_tensor(x), training=training)
+    mode = dict.fromkeys(training_mode(model), training)
+    outputs, _ = model.stateless_call(*values, keras.ops.convert_to_tensor(x), **mode)
     with keras.StatelessScope():
         return float(model.compute_loss(x=x, y=keras.ops.convert_to_tensor(y), y_pred=outputs, training=training))
 
@@ -168,7 +178,8 @@ def _loss(model: keras.Model, x, y, training: bool) -> float:
 def _classes(model: keras.Model) -> int | None:
     kinds = (keras.losses.SparseCategoricalCrossentropy, keras.losses.CategoricalCrossentropy)
     known = isinstance(model.loss, kinds) or "categorical_crossentropy" in str(model.loss)
-    return model.output_shape[-1] if known and isinstance(model.output_shape, tuple) else None
+    shape = getattr(model, "output_shape", None)  # a subclass has none
+    return shape[-1] if known and isinstance(shape, tuple) else None
 
 
 # ------------------------------------------------------------------ what is checked
@@ -318,7 +329,11 @@ def batch_statistics(case: Case) -> Iterator[Finding]:
         text = "No layer normalizes over the batch: examples do not influence each other."
         yield Finding("good", "batch statistics", text)
         return
-    least = min(case.batch_size * math.prod(s for s in layer.input.shape[1:-1]) for layer in layers)
+    sizes = [_pixels(layer) for layer in layers]
+    if None in sizes:
+        yield Finding("note", "batch statistics", f"{len(layers)} layers normalize over the batch.")
+        return
+    least = case.batch_size * min(sizes)
     text = f"{len(layers)} layers normalize over the batch; the smallest takes its variance from {least} values, which "
     text += f"makes it {100 * math.sqrt(2 / max(least - 1, 1)):.0f} % uncertain (normal values)"
     if least < 32:
@@ -344,7 +359,12 @@ def loss(case: Case) -> Iterator[Finding]:
     told = f" (guessing: {chance:.3g})" if chance else ""
     bad = [step for step, value in enumerate((*case.losses, case.end), 1) if not math.isfinite(value)]
     if bad:
-        yield Finding("alarm", "loss", f"The loss is not finite from step {bad[0]} on.", REMEDIES["NaN origin"])
+        yield Finding(
+            "alarm",
+            "loss",
+            f"The loss is not finite from step {min(bad[0], len(case.losses))} on.",
+            REMEDIES["NaN origin"],
+        )
         return
     if chance and case.start > 1.5 * chance:
         yield Finding(
@@ -357,6 +377,15 @@ def loss(case: Case) -> Iterator[Finding]:
         yield Finding("warning", "loss", f"{text}: it does not fall.", "Try other learning rates: nfzoo scan.")
     else:
         yield Finding("good", "loss", f"{text}.")
+
+
+def _pixels(layer: keras.Layer) -> int | None:
+    """Positions of a map that a layer takes; None where its graph does not tell."""
+    try:
+        shape = layer.input.shape[1:-1]
+    except (AttributeError, ValueError):  # of a subclassed model
+        return None
+    return None if None in shape else math.prod(shape)
 
 
 def _some(paths: list[str]) -> str:

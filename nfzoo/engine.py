@@ -198,7 +198,7 @@ def _watch(net, images: data.Images, out: pathlib.Path, taps: str, signals: dict
     spp.select_taps(net, taps)
     x, y = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, images.mean, images.std)[0]
     tell = lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)  # noqa: E731
-    return spp.SignalPropagation(x, y, taps=taps, log_dir=out, tell=tell, **signals)
+    return spp.SignalPropagation(x, y, **{"taps": taps, "tell": tell, **signals, "log_dir": out})
 
 
 def _record(out: pathlib.Path, resolved: dict, images: data.Images) -> None:

@@ -141,3 +141,39 @@ def test_mistakes_are_told():
     network.compile("sgd", LOGITS)
     with pytest.raises(ValueError, match="as many labels as examples"):
         examine(network, X, Y[:3])
+
+
+def test_networks_whose_graph_tells_little():
+    open_ = keras.Sequential([
+        keras.Input((None, None, 3)), layers.Conv2D(4, 3), layers.BatchNormalization(), layers.GlobalAveragePooling2D(),
+        layers.Dense(2),
+    ])  # fmt: skip
+    assert _findings(open_, steps=2)["batch statistics"].sentence == "1 layers normalize over the batch."
+
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.out = layers.Flatten(), layers.Dense(2)
+
+        def call(self, x):
+            return self.out(self.flat(x))
+
+    own = Own()
+    own(X[:1])
+    assert "guessing" not in _findings(own, steps=2)["loss"].sentence
+
+
+def test_frozen_normalizations_do_not_see_the_batch():
+    network = _network(layers.BatchNormalization(trainable=False))
+    assert _findings(network, steps=2)["batch statistics"].severity == "good"
+
+
+def test_examples_that_are_not_finite_are_told():
+    network = _network()
+    network.compile("sgd", LOGITS)
+    broken = X.copy()
+    broken[[3, 7], 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="2 with NaN or infinity, first: 3"):
+        examine(network, broken, Y)
+    with pytest.raises(ValueError, match="one array of examples and one of labels"):
+        examine(network, X, [Y, Y])

@@ -78,7 +78,7 @@ ALLOWED = {
     "theory/words.py": {"numerics", "models.sites", "theory.moments"},
     "theory/__init__.py": {"names", "models.sites", "theory.moments", "theory.words"},
     "alarms.py": set(),
-    "doctor.py": {"agc", "alarms", "spp", "spp.stats"},
+    "doctor.py": {"agc", "alarms", "backend.taps", "spp", "spp.stats"},
     "report/quantities.py": set(),
     "report/contents.py": {"alarms", "report.quantities", "spp.log"},
     "report/__init__.py": {"alarms", "files", "report", "report.contents", "report.quantities"},

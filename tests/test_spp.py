@@ -367,3 +367,99 @@ def test_a_log_without_a_whole_line(tmp_path):
 def test_missing_log():
     with pytest.raises(FileNotFoundError, match="spp.jsonl"):
         spp.read("no/such/folder")
+
+
+# ---------------------------------------------------------------- what users' networks bring along
+def _small(*more, frozen=False, **compiled):
+    """Two convolutions on 8x8 images; `more` come before the classifier."""
+    keras.utils.set_random_seed(0)
+    x = image = keras.Input((8, 8, 3))
+    for i, filters in enumerate((4, 6)):
+        x = keras.layers.Conv2D(filters, 3, activation="relu", name=f"conv{i}", trainable=not (frozen and i == 0))(x)
+    model = keras.Model(image, keras.layers.Dense(3, name="dense")(keras.layers.GlobalAveragePooling2D()(x)))
+    model.compile("sgd", crossentropy(), **compiled)
+    return model
+
+
+SMALL = np.random.default_rng(3).standard_normal((8, 8, 8, 3)).astype("float32"), np.arange(8) % 3
+
+
+def test_gradients_behind_frozen_layers_are_those_of_the_free_network():
+    rows = [
+        spp.snapshot(_small(frozen=frozen), *SMALL).query("kind == 'gradient'").set_index("layer").second_moment
+        for frozen in (False, True)
+    ]
+    assert rows[0]["conv0"] > 0
+    np.testing.assert_allclose(rows[1], rows[0], rtol=1e-5)
+
+
+def test_several_outputs_in_a_first_fit():
+    image = keras.Input((4,))
+    hidden = keras.layers.Dense(5, name="hidden")(image)
+    model = keras.Model(image, [keras.layers.Dense(3)(hidden), keras.layers.Dense(1)(hidden)])
+    model.compile("sgd", [crossentropy(), "mse"])
+    x, targets = SMALL[0][:, 0, 0, [0, 1, 2, 0]], [SMALL[1], np.ones((8, 1), "float32")]
+    probe = spp.SignalPropagation(x, targets)
+    model.fit(x, targets, verbose=0, callbacks=[probe])
+    gradients = probe.table().query("kind == 'gradient'")
+    assert set(gradients.step) == {0, 1} and (gradients.second_moment > 0).all()
+
+
+def test_steps_are_batches_where_gradients_accumulate(tmp_path):
+    model = _small()
+    model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=4), crossentropy())
+    for _ in range(3):
+        model.fit(*SMALL, batch_size=2, verbose=0, callbacks=[spp.SignalPropagation(*SMALL, log_dir=tmp_path)])
+    assert sorted(set(spp.read(tmp_path).step)) == [0, 4, 8, 12]
+
+
+def test_a_sequential_network_without_an_input_is_built_by_the_probe_batch():
+    model = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(3, name="dense")])
+    model.compile("sgd", crossentropy())
+    probe = spp.SignalPropagation(*SMALL)
+    model.fit(*SMALL, verbose=0, callbacks=[probe])
+    assert probe.table().query("kind == 'activation'").layer.tolist() == ["dense", "dense"]
+
+
+def test_a_report_of_nothing_does_not_cost_the_training(tmp_path):
+    said = []
+    never = spp.SignalPropagation(source="live", every=100, report=tmp_path / "r.html", tell=said.append)
+    history = _small().fit(*SMALL, verbose=0, callbacks=[never])
+    assert history.history["loss"] and not (tmp_path / "r.html").exists()
+    assert len(said) == 1 and "no step was due (every=100)" in said[0]
+
+
+def test_a_tensor_that_never_came_by_is_no_nan():
+    image = keras.Input((4, 3))
+    x, *_ = keras.layers.LSTM(5, return_state=True, name="lstm")(image)
+    model = keras.Model(image, keras.layers.Dense(3)(x))
+    model.compile("sgd", crossentropy())
+    said = []
+    live = spp.SignalPropagation(source="live", taps="layers", tell=said.append)
+    model.fit(SMALL[0][:, 0, :4], SMALL[1], verbose=0, callbacks=[live])
+    assert said == [] and "lstm" not in set(live.table().layer)
+
+
+@pytest.mark.parametrize(
+    "options", [{"statistics": "foo"}, {"definition": "z"}, {"what": ["foo"]}, {"what": "activations"}]
+)
+def test_options_are_refused_when_made(options):
+    with pytest.raises(ValueError, match=r"Expected .*(foo|'z'|'activations')"):
+        spp.SignalPropagation(*SMALL, **options)
+
+
+def test_a_used_callback_is_copied_and_starts_anew_with_another_network(tmp_path):
+    probe = spp.SignalPropagation(*SMALL, tensorboard=tmp_path / "board")
+    _small().fit(*SMALL, verbose=0, callbacks=[probe])
+    first = probe.table()
+    _small().fit(*SMALL, verbose=0, callbacks=[probe])
+    assert len(probe.table()) == len(first)
+    copy.deepcopy(probe.board).add(first.to_dict("records"), spp.edges())
+
+
+def test_kurtosis_of_tiny_gradients():
+    x = np.random.default_rng(0).standard_normal((4000, 2)).astype("float32")
+    for scale in (1.0, 1e-15, 1e-17):
+        assert float(spp.statistics(x * np.float32(scale), names=("kurtosis",))["kurtosis"]) == pytest.approx(
+            3, rel=0.1
+        )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import keras
 
-TINY = 1e-30  # keeps a variance of zero from dividing zero by zero
+TINY = 1e-37  # keeps a variance of zero from dividing zero by zero
 
 
 @contextlib.contextmanager

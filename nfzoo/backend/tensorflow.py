@@ -105,6 +105,8 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
         seen = {}
 
         def see(name, value):
+            if value.dtype.is_floating:
+                tape.watch(value)  # behind frozen layers nothing else is
             seen[name] = value
             return value
 

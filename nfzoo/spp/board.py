@@ -41,6 +41,9 @@ class Board:
         for step, found in values.items():
             self.writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=found)))
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "writer": None}  # a copy opens a file of its own
+
     def flush(self) -> None:
         if self.writer is not None:
             self.writer.flush()

@@ -14,7 +14,7 @@ from nfzoo.backend import sync
 from nfzoo.spp.live import LiveSignals, attach, detach, live_signals
 from nfzoo.spp.log import SignalLog, write_meta
 from nfzoo.spp.probe import Probe, loss_of
-from nfzoo.spp.reduction import DEFAULT_WHAT, Reduction
+from nfzoo.spp.reduction import DEFAULT_WHAT, Reduction, check_options
 from nfzoo.spp.stats import HISTOGRAMS, edges, resolve
 
 
@@ -74,6 +74,7 @@ class SignalPropagation(keras.callbacks.Callback):
             raise ValueError(
                 f'Expected every to be "epoch", a number of steps or a function. Received: every={every!r}'
             )
+        check_options(what, definition, statistics)
         if source not in ("probe", "live"):
             raise ValueError(f'Expected source "probe" or "live". Received: {source!r}')
         if source == "probe" and x is None:
@@ -144,6 +145,8 @@ class SignalPropagation(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
+        if not model.built and self.x is not None:
+            model(keras.tree.map_structure(lambda a: a[:1], self.x))  # a Sequential without an Input
         detach(model)  # what a `fit` left that was interrupted
         if self.source == "live":
             # Counts of bins are no mean over batches: "all" is here all that is a number.
@@ -156,14 +159,14 @@ class SignalPropagation(keras.callbacks.Callback):
         if self.x is not None:
             loss = None if self.y is None else loss_of(self.model, self.loss)
             self.probe = Probe(self.model, loss=loss, **self.options)
-        self.step = self.start = self.start_step = self.steps_before + int(
-            keras.ops.convert_to_numpy(self.model.optimizer.iterations)
-        )
+        self.step = self.start = self.start_step = self.steps_before + _steps_taken(self.model.optimizer)
         self._measured, self._compared, self.alarms = None, [], []
         if self.log is not None:
             self.log.rewind(self.step or -1)  # a start from nothing measures step 0 anew
             described = self.live or self.probe
             write_meta(self.log.path.parent, described.reduction.describe())
+        if self.step == 0:
+            self.records = []  # of another network, or of another start
         if self.step == 0 and self.probe is not None:
             self.measure(0)
 
@@ -173,9 +176,18 @@ class SignalPropagation(keras.callbacks.Callback):
         if self.board is not None:
             self.board.flush()
         if self.report is not None:
-            from nfzoo import report  # plotly's half a second
+            self._report()
 
-            report.write({self.model.name: self.table() if self.log is None else self.log.path.parent}, self.report)
+    def _report(self) -> None:
+        if self.table().empty:  # a trained network is not lost for want of a report
+            if self.tell is not None:
+                self.tell(
+                    f"There is no {self.report}: nothing was recorded, as no step was due (every={self.every!r})."
+                )
+            return
+        from nfzoo import report  # plotly's half a second
+
+        report.write({self.model.name: self.table() if self.log is None else self.log.path.parent}, self.report)
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
         self.epoch, self.start = epoch, self.step
@@ -207,6 +219,12 @@ class SignalPropagation(keras.callbacks.Callback):
         self.epoch = epoch + 1
         if self.every == "epoch":
             self.measure(self.step)
+
+
+def _steps_taken(optimizer: keras.optimizers.Optimizer) -> int:
+    """Batches that an optimizer has seen; it counts its updates, which take several where gradients accumulate."""
+    accumulates = getattr(optimizer, "gradient_accumulation_steps", None)
+    return int(keras.ops.convert_to_numpy(optimizer._iterations if accumulates else optimizer.iterations))
 
 
 def _board(folder: str | pathlib.Path):

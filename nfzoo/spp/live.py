@@ -86,13 +86,15 @@ class LiveSignals(keras.metrics.Metric):
         result: dict = {}
         for (kind, name, statistic), i in self.place.items():
             row = result.setdefault(kind, {}).setdefault(name, {"first_bad": -1})
-            row[statistic] = float(total[i] / count[i]) if count[i] else float("nan")
+            if count[i]:  # else the tensor was not there: no gradient came by, or the output was no single tensor
+                row[statistic] = float(total[i] / count[i])
             if bad[i] >= 0:
                 when = step - int(steps) + int(bad[i])
                 row["first_bad"] = when if row["first_bad"] < 0 else min(when, row["first_bad"])
         for variable in (self.total, self.count):
             variable.assign(np.zeros(variable.shape, "float32"))
-        return self.reduction.records(result, {**columns, "source": "live"})
+        seen = {kind: {name: row for name, row in rows.items() if len(row) > 1} for kind, rows in result.items()}
+        return self.reduction.records(seen, {**columns, "source": "live"})
 
 
 def live_signals(model: keras.Model, reduction: Reduction) -> LiveSignals:

@@ -28,6 +28,7 @@ class Probe:
     ):  # fmt: skip
         self.model = model
         self.reduction = Reduction(model, taps, what, definition, statistics)
+        self._cold = loss == "compiled" and "gradients" in what
         loss = self._loss(loss) if "gradients" in what else None
         self.run = signals(model, self.reduction.taps, loss, self._packed)
         self._places: list[tuple[str, str, list[str], tuple[int, ...] | None]] = []
@@ -42,6 +43,11 @@ class Probe:
 
     def __call__(self, x, y=None, **columns) -> list[dict]:
         """Measure; return one record per kind and layer, with `columns` (step, epoch) added."""
+        if self._cold:
+            # The loss of several outputs makes its counters at its first call, which must not be within a graph.
+            one_x, one_y = keras.tree.map_structure(lambda a: a[:1], (x, y))
+            self.model.compute_loss(x=one_x, y=one_y, y_pred=self.model(one_x))
+            self._cold = False
         return self.reduction.records(self._unpacked(np.asarray(self.run(x, y))), columns)
 
     def _packed(self, *tensors) -> Any:
@@ -92,10 +98,6 @@ def snapshot(
         ['activation', 'effective_weight', 'weight']
     """
     loss = None if y is None else loss_of(model, loss)
-    if loss == "compiled":
-        # The loss of several outputs makes its counters at its first call, which must not be within a graph.
-        one_x, one_y = keras.tree.map_structure(lambda a: a[:1], (x, y))
-        model.compute_loss(x=one_x, y=one_y, y_pred=model(one_x))
     return pd.DataFrame(Probe(model, taps, what, loss, definition, statistics)(x, y))
 
 

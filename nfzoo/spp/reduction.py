@@ -15,6 +15,15 @@ WHAT = ("activations", "weights", "gradients", "parameters")
 DEFAULT_WHAT = ("activations", "weights", "gradients")
 
 
+def check_options(what, definition: str, statistics) -> None:
+    """Raise ValueError for options that no model has use for."""
+    if definition not in ("channel", "poster"):
+        raise ValueError(f'Expected definition "channel" or "poster". Received: {definition!r}')
+    if isinstance(what, str) or set(what) - set(WHAT):
+        raise ValueError(f"Expected what to be a tuple of some of {', '.join(WHAT)}. Received: {what!r}")
+    resolve(statistics)
+
+
 class Reduction:
     """Tensors of a model in, statistics by kind and layer out.
 
@@ -28,10 +37,7 @@ class Reduction:
     """
 
     def __init__(self, model, taps="auto", what=DEFAULT_WHAT, definition="channel", statistics="default"):
-        if definition not in ("channel", "poster"):
-            raise ValueError(f'Expected definition "channel" or "poster". Received: {definition!r}')
-        if unknown := set(what) - set(WHAT):
-            raise ValueError(f"Expected what to be among {WHAT}. Received: {sorted(unknown)}")
+        check_options(what, definition, statistics)
         if not model.built or not model.layers:
             raise ValueError(f"Expected a model that is built (call it on a batch). Received: {model.name}")
         self.model, self.what, self.definition = model, set(what), definition
