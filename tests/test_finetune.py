@@ -86,6 +86,7 @@ def test_the_classifier_learns_first_and_then_everything(model, watched, tmp_pat
     assert spp.read(tmp_path / "run").step.unique().tolist() == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, FROZEN, 3])
 def test_a_killed_run_ends_as_an_uninterrupted_one(epoch, overrides, watched, tmp_path, console):
     """Killed while frozen, at the switch, and after it; dropout and signals included."""

@@ -100,6 +100,7 @@ def test_batch_independence_is_what_model_info_says(tiny):
     assert independent == nfzoo.model_info(tiny.name).batch_independent
 
 
+@pytest.mark.slow
 def test_a_saved_model_loads_in_a_fresh_process_after_import_nfzoo_alone(tmp_path, fresh_process):
     model = nfzoo.build("nf_test_efficientnet")
     model.compile("adam", crossentropy(), agc=nfzoo.AGC(0.02))
@@ -126,7 +127,7 @@ def test_layer_names_do_not_depend_on_what_was_built_before(variant):
     assert first.layers[0].name == "image" and first.layers[-1].name == "head"
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*(f"{v}_test_efficientnet" for v in VARIANTS), "nf_test_resnet", "bn_test_resnet"])
 def test_mixed_precision(name, policy, images):
     keras.config.set_dtype_policy(policy)

@@ -82,7 +82,8 @@ def _deepmind_metrics(rows) -> dict[str, float]:
     ("name", "shape", "classes"),
     [
         ("EfficientNetB0", (64, 64, 3), 1000), ("EfficientNetB0", (75, 75, 3), 1000),
-        ("EfficientNetB3", (64, 64, 3), 1000), ("EfficientNetB3", (75, 75, 3), 1000),
+        pytest.param("EfficientNetB3", (64, 64, 3), 1000, marks=pytest.mark.slow),
+        ("EfficientNetB3", (75, 75, 3), 1000),
         ("ResNet50", (64, 64, 3), 11), ("ResNet50V2", (75, 90, 3), 11),
     ],
 )  # fmt: skip

@@ -98,6 +98,7 @@ def live_table(images, every="epoch", **options):
     return fit(nfzoo.build("nf_test_resnet"), *images, callbacks=[live], **options)
 
 
+@pytest.mark.slow
 def test_validation_in_between_does_not_count(images):
     plain = live_table(images, epochs=2)
     validated = live_table(images, epochs=2, validation_data=(100 + images[0], images[1]))
@@ -105,6 +106,7 @@ def test_validation_in_between_does_not_count(images):
     np.testing.assert_allclose(validated.acv, plain.acv, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_live_records_by_step_share_no_batches(images):
     """Records every step and one over all: the mean of the ones is the other."""
     each, whole = (live_table(images, every, batch_size=2) for every in (1, "epoch"))

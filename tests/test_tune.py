@@ -52,6 +52,7 @@ def test_summary_is_mean_and_deviation_over_seeds(scanned):
         assert cell.mean == pytest.approx(rows.mean()) and cell.std == pytest.approx(rows.std())
 
 
+@pytest.mark.slow
 def test_a_killed_scan_does_the_missing_trials_only(scanned, tmp_path, monkeypatch, console):
     _, expected, recipe = scanned
     trained = []
