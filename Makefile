@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python training/demo.py --out runs/demo
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # a file's fixtures are made once
 
 slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2 -m slow
