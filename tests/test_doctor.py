@@ -177,3 +177,11 @@ def test_examples_that_are_not_finite_are_told():
         examine(network, broken, Y)
     with pytest.raises(ValueError, match="one array of examples and one of labels"):
         examine(network, X, [Y, Y])
+
+
+def test_a_trained_network_is_examined_from_where_it_is():
+    network = _network()
+    network.compile(keras.optimizers.SGD(0.05), LOGITS)
+    network.fit(X, Y, batch_size=8, epochs=2, verbose=0)
+    diagnosis = examine(network, X, Y, steps=3, batch_size=8)
+    assert diagnosis.log.step.unique().tolist() == [10, 13] and diagnosis.findings

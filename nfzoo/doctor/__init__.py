@@ -66,10 +66,7 @@ def examine(
         broken = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))
         raise ValueError(f"Expected finite examples. Received: {len(broken)} with NaN or infinity, first: {broken[0]}")
     order = np.arange(steps * batch_size) % len(x)
-    watch = SignalPropagation(
-        x[:PROBE], y[:PROBE], every=lambda step: step == steps, taps="layers", what=WHAT, tell=None,
-        statistics=(*DEFAULT, "dead"),
-    )  # fmt: skip
+    watch = SignalPropagation(x[:PROBE], y[:PROBE], taps="layers", what=WHAT, tell=None, statistics=(*DEFAULT, "dead"))
     losses = _Losses()
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)

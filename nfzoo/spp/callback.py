@@ -33,13 +33,15 @@ class SignalPropagation(keras.callbacks.Callback):
     """Record signal propagation during `fit`: at initialisation, then by schedule.
 
     The weights, the moving statistics, the optimizer and the random streams stay as they were. The statistics are
-    computed in one compiled graph; only they leave the device.
+    computed in one compiled graph; only they leave the device. Where an error or Ctrl-C ends a `fit` with live signals,
+    the model keeps its watched step, which costs time alone, until the next callback of this kind.
 
     Args:
         x, y: the probe batch, as the model takes it. Without y there are no gradients.
         source: "probe" measures on that batch; "live" takes the mean over all training batches since the last record,
             within the training step, and needs no x (with one, initialisation is measured on it).
-        every: "epoch", a number of steps, or a function step -> bool (see `log_spaced`).
+        every: "epoch", a number of steps, or a function step -> bool (see `log_spaced`). A network is also measured on
+            x before its first step here. With "epoch", updates need data whose number of steps is known.
         taps: "auto", "blocks", "layers", a pattern, a layer class, a list of names, or a function; see `select_taps`.
         what: any of "activations", "weights", "gradients", "parameters" (scales, gains, moving statistics).
         statistics: "default", "all", or names of `nfzoo.spp.STATS`.
@@ -167,8 +169,8 @@ class SignalPropagation(keras.callbacks.Callback):
             write_meta(self.log.path.parent, described.reduction.describe())
         if self.step == 0:
             self.records = []  # of another network, or of another start
-        if self.step == 0 and self.probe is not None:
-            self.measure(0)
+        if self.probe is not None and self.table().empty:  # a trained network has a state to start from, too
+            self.measure(self.step)
 
     def on_train_end(self, logs=None) -> None:
         detach(self.model)
