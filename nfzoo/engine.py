@@ -195,10 +195,11 @@ def _result(out: pathlib.Path, resolved: dict) -> dict | None:
 
 def _watch(net, images: data.Images, out: pathlib.Path, taps: str, signals: dict, console: Console):
     """The callback that records signal propagation, on a fixed part of the training images."""
-    spp.select_taps(net, taps)
+    options = {"taps": taps, **signals}
+    spp.select_taps(net, options["taps"])
     x, y = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, images.mean, images.std)[0]
     tell = lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)  # noqa: E731
-    return spp.SignalPropagation(x, y, **{"taps": taps, "tell": tell, **signals, "log_dir": out})
+    return spp.SignalPropagation(x, y, **{"tell": tell, **options, "log_dir": out})
 
 
 def _record(out: pathlib.Path, resolved: dict, images: data.Images) -> None:
