@@ -34,6 +34,7 @@ _MODULES = (
     "export",
     "layers",
     "numerics",
+    "optimizers",
     "plots",
     "recipes",
     "report",

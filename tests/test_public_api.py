@@ -16,6 +16,7 @@ from nfzoo import (
     export,
     layers,
     numerics,
+    optimizers,
     plots,
     recipes,
     registry,
@@ -30,8 +31,8 @@ from nfzoo import (
 from nfzoo.models import sites
 
 MODULES = [
-    agc, alarms, callbacks, cli, data, doctor, engine, export, layers, numerics, plots, recipes, registry, report,
-    sites, spp, theory, trainer, tune, variants, weights,
+    agc, alarms, callbacks, cli, data, doctor, engine, export, layers, numerics, optimizers, plots, recipes, registry,
+    report, sites, spp, theory, trainer, tune, variants, weights,
 ]  # fmt: skip
 
 
@@ -46,8 +47,8 @@ def test_all_is_sorted_and_resolves():
 def test_what_is_public():
     assert nfzoo.__all__ == [
         "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "build", "convert", "data", "doctor", "engine",
-        "export", "layers", "list_models", "model_info", "numerics", "plots", "recipes", "register_model", "report",
-        "set_head", "spp", "theory", "tune", "weights",
+        "export", "layers", "list_models", "model_info", "numerics", "optimizers", "plots", "recipes", "register_model",
+        "report", "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip
 
 
