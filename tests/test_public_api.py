@@ -20,6 +20,8 @@ from nfzoo import (
     recipes,
     registry,
     report,
+    schedules,
+    settings,
     spp,
     theory,
     trainer,
@@ -31,7 +33,7 @@ from nfzoo.models import sites
 
 MODULES = [
     agc, alarms, callbacks, cli, data, doctor, engine, export, layers, numerics, plots, recipes, registry, report,
-    sites, spp, theory, trainer, tune, variants, weights,
+    schedules, settings, sites, spp, theory, trainer, tune, variants, weights,
 ]  # fmt: skip
 
 
@@ -47,7 +49,7 @@ def test_what_is_public():
     assert nfzoo.__all__ == [
         "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "build", "convert", "data", "doctor", "engine",
         "export", "layers", "list_models", "model_info", "numerics", "plots", "recipes", "register_model", "report",
-        "set_head", "spp", "theory", "tune", "weights",
+        "schedules", "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip
 
 
