@@ -21,6 +21,8 @@ from nfzoo import (
     recipes,
     registry,
     report,
+    schedules,
+    settings,
     spp,
     theory,
     trainer,
@@ -32,7 +34,7 @@ from nfzoo.models import sites
 
 MODULES = [
     agc, alarms, callbacks, cli, data, doctor, engine, export, layers, numerics, optimizers, plots, recipes, registry,
-    report, sites, spp, theory, trainer, tune, variants, weights,
+    report, schedules, settings, sites, spp, theory, trainer, tune, variants, weights,
 ]  # fmt: skip
 
 
@@ -48,7 +50,7 @@ def test_what_is_public():
     assert nfzoo.__all__ == [
         "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "build", "convert", "data", "doctor", "engine",
         "export", "layers", "list_models", "model_info", "numerics", "optimizers", "plots", "recipes", "register_model",
-        "report", "set_head", "spp", "theory", "tune", "weights",
+        "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip
 
 
