@@ -49,8 +49,8 @@ def test_all_is_sorted_and_resolves():
 def test_what_is_public():
     assert nfzoo.__all__ == [
         "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "augment", "build", "convert", "data", "doctor",
-        "engine", "export", "layers", "list_models", "model_info", "numerics", "plots", "recipes", "register_model", "report",
-        "schedules", "set_head", "spp", "theory", "tune", "weights",
+        "engine", "export", "layers", "list_models", "model_info", "numerics", "plots", "recipes", "register_model",
+        "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip
 
 
