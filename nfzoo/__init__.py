@@ -27,6 +27,7 @@ _HOME = {
 _MODULES = (
     "agc",
     "alarms",
+    "augment",
     "convert",
     "data",
     "doctor",

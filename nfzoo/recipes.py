@@ -202,6 +202,57 @@ def _known(path: str, key: str, node: Any) -> None:
         raise ValueError(f"Expected a setting. Received: {path!r}; {key!r} is not one of {', '.join(there)}.{hint}")
 
 
+def describe(recipe: Recipe) -> dict[str, str]:
+    """Say in short texts what a recipe does, for tables: data, optimizer, schedule, augmentation, AGC, average.
+
+    Example:
+        >>> describe(get("skipinit"))["schedule"]
+        'halved every 5 epochs after 100'
+    """
+    optimizer, schedule, a = recipe.optimizer, recipe.schedule, recipe.augment
+    schedules = {
+        "constant": "constant",
+        "step": f"×{schedule.factor:g} at {', '.join(f'{epoch:g}' for epoch in schedule.milestones)}",
+        "halving": f"halved every {schedule.every:g} epochs after {schedule.start:g}",
+        "cosine": f"cosine to {schedule.final:g}",
+    }
+    rand = a.rand_augment
+    return {
+        "data": f"{recipe.data.name}, {recipe.epochs} epochs of {recipe.batch_size}",
+        "optimizer": _listed(
+            f"{optimizer.name} {optimizer.learning_rate:g}" + " per 256" * optimizer.per_256,
+            _said("decay", optimizer.weight_decay),
+            *map(_group, optimizer.groups),
+        ),
+        "schedule": _listed(schedules[schedule.name], _said("warm-up", schedule.warmup_epochs)),
+        "augmentation": _listed(
+            _said("crop", a.crop_padding),
+            a.flip and "flip",
+            _said("mixup", a.mixup),
+            _said("cutmix", a.cutmix),
+            rand and f"RandAugment {rand.layers} of {rand.magnitude:g}",
+            _said("erasing", a.random_erasing),
+            _said("smoothing", recipe.label_smoothing),
+        ),
+        "AGC": f"{recipe.agc.clip_factor:g}" if recipe.agc else "–",
+        "average": f"{recipe.ema.momentum:g}" if recipe.ema else "–",
+    }
+
+
+def _listed(*parts: Any) -> str:
+    return ", ".join(part for part in parts if part) or "–"
+
+
+def _said(name: str, amount: float) -> str:
+    return f"{name} {amount:g}" if amount else ""
+
+
+def _group(group: Group) -> str:
+    factors = {"rate": group.learning_rate, "decay": group.weight_decay}
+    changes = " and ".join(f"{name} ×{factor:g}" for name, factor in factors.items() if factor != 1)
+    return f"{changes} for {group.pattern.replace('|', '/')}"
+
+
 def parse_value(value: Any) -> Any:
     """Read a value from a command line: JSON where it is JSON, "none" as None, else the text itself.
 

@@ -47,6 +47,11 @@ class Augment(_Frozen):
     random_erasing: float = Field(0.0, ge=0, le=1)
     on_validation: bool = False
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images have parts in several labels."""
+        return bool(self.mixup or self.cutmix)
+
 
 class Group(_Frozen):
     """Variables that learn in a way of their own: factors on the optimizer's learning rate and weight decay.
@@ -217,7 +222,7 @@ class Recipe(_Frozen):
     @property
     def one_hot(self) -> bool:
         """Whether labels are one-hot vectors: mixed labels need them, and so does smoothing."""
-        return bool(self.augment.mixup or self.augment.cutmix or self.label_smoothing)
+        return self.augment.mixes or self.label_smoothing > 0
 
     @field_validator("frozen_epochs")
     @classmethod

@@ -8,6 +8,7 @@ import nfzoo
 from nfzoo import (
     agc,
     alarms,
+    augment,
     callbacks,
     cli,
     data,
@@ -33,8 +34,8 @@ from nfzoo import (
 from nfzoo.models import sites
 
 MODULES = [
-    agc, alarms, callbacks, cli, data, doctor, engine, export, layers, numerics, optimizers, plots, recipes, registry,
-    report, schedules, settings, sites, spp, theory, trainer, tune, variants, weights,
+    agc, alarms, augment, callbacks, cli, data, doctor, engine, export, layers, numerics, optimizers, plots,
+    recipes, registry, report, schedules, settings, sites, spp, theory, trainer, tune, variants, weights,
 ]  # fmt: skip
 
 
@@ -48,9 +49,9 @@ def test_all_is_sorted_and_resolves():
 
 def test_what_is_public():
     assert nfzoo.__all__ == [
-        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "build", "convert", "data", "doctor", "engine",
-        "export", "layers", "list_models", "model_info", "numerics", "optimizers", "plots", "recipes", "register_model",
-        "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
+        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "augment", "build", "convert", "data", "doctor",
+        "engine", "export", "layers", "list_models", "model_info", "numerics", "optimizers", "plots", "recipes",
+        "register_model", "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip
 
 

@@ -1,8 +1,13 @@
+import contextlib
 import json
+import pathlib
+import re
+import shlex
+import sys
 
 import pytest
 
-from nfzoo import recipes
+from nfzoo import cli, recipes
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -164,3 +169,47 @@ def test_rows_are_those_of_their_papers():
     same = recipes.get("fixup_cifar").optimizer.model_copy(update={"groups": ()})
     assert same == eunnet.optimizer == recipes.get("rescale").optimizer.model_copy(update={"groups": ()})
     assert recipes.get("skipinit").model_copy(update={"schedule": eunnet.schedule}) == eunnet
+
+
+DOCUMENT = (pathlib.Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+
+
+def test_the_table_of_the_documentation_is_that_of_the_rows():
+    lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in DOCUMENT.splitlines() if "|" in line]
+    heads, _, *rows = lines[: len(recipes.RECIPES) + 2]
+    assert heads == ["recipe", "source", *recipes.describe(recipes.get("demo")), "what differs"]
+    for (name, recipe), cells in zip(recipes.RECIPES.items(), rows, strict=True):
+        assert cells[0] == f"`{name}`" and cells[2:-1] == list(recipes.describe(recipe).values())
+        assert cells[1] and cells[-1]
+    bounds, factors = lines[-3][1:], lines[-1][1:]
+    for bound, factor, smaller in zip(bounds, factors, factors[1:], strict=False):
+        assert (recipes.suggest(int(bound)), recipes.suggest(int(bound) + 1)) == (float(factor), float(smaller))
+
+
+@pytest.mark.parametrize("command", re.findall("^nfzoo .*", DOCUMENT, re.M))
+def test_commands_of_the_documentation_run(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    shown = capsys.readouterr()
+    assert recipes.Recipe.model_validate_json(shown.out) != recipes.get(command.split()[2]), shown.err
+
+
+def test_a_description_says_what_matters():
+    said = recipes.describe(recipes.get("nfnet"))
+    assert said["optimizer"] == "momentum_sgd 0.1 per 256, decay 2e-05, decay ×0 for gain/bias/gamma/beta"
+    assert said["augmentation"] == "crop 24, flip, mixup 0.2, cutmix 1, RandAugment 4 of 5, smoothing 0.1"
+    assert (said["schedule"], said["AGC"], said["average"]) == ("cosine to 0, warm-up 5", "0.01", "0.99999")
+
+
+def test_the_command_lists_all_rows(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nfzoo", "recipes"])
+    monkeypatch.setattr(cli.console, "_width", 200)
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in recipes.RECIPES)
+    monkeypatch.setattr(sys, "argv", ["nfzoo", "recipes", "--set", "epochs=3"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Expected the name of the recipe" in capsys.readouterr().err
