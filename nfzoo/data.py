@@ -141,15 +141,17 @@ class Batches(keras.utils.PyDataset):
             )
         self.split, self.batch_size, self.seed, self.shuffle = split, batch_size, seed, shuffle
         self.augment, self.epoch, self.classes, self.shard = augment, epoch, classes, shard
+        self.window: tuple[int, int | None] = (0, None)  # the steps of an epoch that are left to do
         # (x / 255 - mean) / std, as one multiplication and one addition
         self.scale = (1 / (255 * np.asarray(std))).astype(np.float32)
         self.offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.split), self.batch_size)
-        return whole + (rest >= self.shard[1])
+        return len(range(whole + (rest >= self.shard[1]))[slice(*self.window)])
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        step += self.window[0]
         chosen = slice(step * self.batch_size, (step + 1) * self.batch_size)
         batch = self.split.take(_order(self.seed, self.epoch, len(self.split))[chosen] if self.shuffle else chosen)
         images, labels = batch.images, batch.labels

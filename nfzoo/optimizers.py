@@ -313,6 +313,16 @@ class MomentumSGD(Grouped, _Momentum):
 
 
 @keras.saving.register_keras_serializable(package="nfzoo")
+class SGD(Grouped, keras.optimizers.SGD):
+    """Keras' SGD, with groups of variables; see `Grouped`, and `MomentumSGD` for what differs.
+
+    Example:
+        >>> SGD(0.1, momentum=0.9).nesterov
+        False
+    """
+
+
+@keras.saving.register_keras_serializable(package="nfzoo")
 class Adam(Grouped, keras.optimizers.Adam):
     """Keras' Adam (AdamW with `weight_decay`), with groups of variables; see `Grouped`.
 

@@ -77,6 +77,15 @@ def _zeros_at(shapes: dict) -> dict:
     return {name: jax.numpy.zeros(s.shape, s.dtype) for name, s in floating.items()}
 
 
+def deterministic(wanted: bool) -> None:
+    """XLA is, on a CPU; on a GPU if XLA_FLAGS=--xla_gpu_deterministic_ops=true was set before JAX started."""
+
+
+def data_parallel():
+    """Where a model is made for all devices to share its batches, those of other processes too."""
+    return keras.distribution.DataParallel(auto_shard_dataset=False).scope()
+
+
 def sync(model: keras.Model) -> None:
     """Write the state that `fit` carries between steps back into the model's variables."""
     model.jax_state_sync()

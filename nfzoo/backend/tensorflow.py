@@ -71,6 +71,17 @@ def _all_reduce(gradients: list) -> list:
     return [g if g is None else next(reduced) for g in gradients]
 
 
+def deterministic(wanted: bool) -> None:
+    """Prefer operations that give the same result twice; TensorFlow knows no way back within a process."""
+    if wanted:
+        tf.config.experimental.enable_op_determinism()
+
+
+def data_parallel():
+    """Where a model is made for all devices of this machine to share its batches."""
+    return tf.distribute.MirroredStrategy().scope()
+
+
 def sync(model: keras.Model) -> None:
     """Variables are always up to date here."""
 
