@@ -35,6 +35,7 @@ _MODULES = (
     "export",
     "layers",
     "numerics",
+    "optimizers",
     "plots",
     "recipes",
     "report",

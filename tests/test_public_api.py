@@ -17,6 +17,7 @@ from nfzoo import (
     export,
     layers,
     numerics,
+    optimizers,
     plots,
     recipes,
     registry,
@@ -33,8 +34,8 @@ from nfzoo import (
 from nfzoo.models import sites
 
 MODULES = [
-    agc, alarms, augment, callbacks, cli, data, doctor, engine, export, layers, numerics, plots, recipes, registry,
-    report, schedules, settings, sites, spp, theory, trainer, tune, variants, weights,
+    agc, alarms, augment, callbacks, cli, data, doctor, engine, export, layers, numerics, optimizers, plots, recipes,
+    registry, report, schedules, settings, sites, spp, theory, trainer, tune, variants, weights,
 ]  # fmt: skip
 
 
@@ -49,8 +50,8 @@ def test_all_is_sorted_and_resolves():
 def test_what_is_public():
     assert nfzoo.__all__ == [
         "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "augment", "build", "convert", "data", "doctor",
-        "engine", "export", "layers", "list_models", "model_info", "numerics", "plots", "recipes", "register_model",
-        "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
+        "engine", "export", "layers", "list_models", "model_info", "numerics", "optimizers", "plots", "recipes",
+        "register_model", "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip
 
 
