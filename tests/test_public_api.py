@@ -34,8 +34,8 @@ from nfzoo import (
 from nfzoo.models import sites
 
 MODULES = [
-    agc, alarms, augment, callbacks, cli, data, doctor, engine, export, layers, numerics, optimizers, plots,
-    recipes, registry, report, schedules, settings, sites, spp, theory, trainer, tune, variants, weights,
+    agc, alarms, augment, callbacks, cli, data, doctor, engine, export, layers, numerics, optimizers, plots, recipes,
+    registry, report, schedules, settings, sites, spp, theory, trainer, tune, variants, weights,
 ]  # fmt: skip
 
 
