@@ -28,10 +28,12 @@ from nfzoo import (
     weights,
 )  # fmt: skip
 from nfzoo.models import sites
+from nfzoo.tune import lr_range, plan, progress, results, search, space, trials, workers
 
 MODULES = [
     agc, alarms, callbacks, cli, data, doctor, engine, export, layers, numerics, plots, recipes, registry, report,
-    sites, spp, theory, trainer, tune, variants, weights,
+    sites, spp, theory, trainer, tune, lr_range, plan, progress, results, search, space, trials, workers, variants,
+    weights,
 ]  # fmt: skip
 
 

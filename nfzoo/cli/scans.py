@@ -59,16 +59,16 @@ def scan(
 ) -> None:
     """Scan learning rates and other settings; the same command again, here or elsewhere, does the missing trials."""
     resolved = recipe_of(recipe, set_, data__name=data, data__data_dir=data_dir, epochs=epochs)
+    overrides = overrides_of(build)
+    _known(models, resolved, overrides)
+    from nfzoo import tune
+
     axes = {path: _axis(text, option) for path, option, text in (
         ("optimizer.learning_rate", "--lr", lr),
         ("agc.clip_factor", "--clip-factor", clip_factor),
         ("optimizer.weight_decay", "--weight-decay", weight_decay),
     ) if text is not None}  # fmt: skip
     axes |= {path: _axis(text, f"--axis {path}", any_value=True) for path, text in pairs(axis).items()}
-    overrides = overrides_of(build)
-    _known(models, resolved, overrides)
-    from nfzoo import tune
-
     description = {
         "seeds": _values(seeds, int, "--seeds") if seeds else None, "overrides": overrides, "search": search,
         "trials": trials, "points": points,
@@ -99,7 +99,7 @@ def _values(text: str, kind, option: str) -> list:
 
 
 def _known(models: list[str], recipe, overrides: dict) -> None:
-    """Refuse a model or an override that no trial could be built with."""
+    """Import Keras quietly; refuse a model or an override that no trial could be built with."""
     from nfzoo import names, registry
 
     for model in models:

@@ -140,6 +140,7 @@ def unchanged(model: keras.Model, batch: Any) -> Iterator[None]:
     finally:
         for variable, value in before:
             variable.assign(value)
+        model._jax_state_synced = True  # a JAX step that failed left Keras with the state of the step before it
         for metric in model.metrics:  # those that the first step made
             if not counted & {id(v) for v in metric.variables}:
                 metric.reset_state()

@@ -30,6 +30,14 @@ def score(metrics: dict) -> float:
     return (metrics.get("val_accuracy") or 0.0) if metrics["status"] == "complete" else 0.0
 
 
+def result(folder: pathlib.Path) -> dict | None:
+    """What a trial's folder says of its end; None as long as it does not, or not legibly."""
+    try:
+        return json.loads((folder / "metrics.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
 class Search:
     """The settings of one model, as one of keras-tuner's oracles proposes them.
 
@@ -50,9 +58,11 @@ class Search:
             else:
                 space.Choice(path, list(range(len(axis))))  # by number: a value may be of any type
         size = {"max_epochs": spec.recipe.epochs} if spec.search == "hyperband" else {"max_trials": spec.trials}
+        # To keras-tuner 0 is no seed, and the next seed gives the same settings but for the first.
+        seed = 1 + 100_003 * spec.recipe.seed % 2**31
         self._oracle = ORACLES[spec.search](
-            objective=OBJECTIVE, hyperparameters=space, tune_new_entries=False, seed=1 + spec.recipe.seed, **size
-        )  # seed 0 would be a random one
+            objective=OBJECTIVE, hyperparameters=space, tune_new_entries=False, seed=seed, **size
+        )
         self._oracle.verbose = 0
         self._oracle.save = self._oracle._save_trial = lambda *_: None  # a restart reads the folders of the trials
 
@@ -131,10 +141,10 @@ class Plan:
 
     def _result(self, trial: Trial) -> dict | None:
         if trial.name not in self.results:
-            try:
-                self.results[trial.name] = json.loads((self.out / trial.name / "metrics.json").read_text())
-            except (FileNotFoundError, NotADirectoryError):
+            found = result(self.out / trial.name)
+            if found is None:
                 return None
+            self.results = {**self.results, trial.name: found}  # another thread may be looking at the old one
         return self.results[trial.name]
 
     def _score(self, setting: Setting) -> float | None:

@@ -32,11 +32,11 @@ class Progress:
 
     def best(self) -> str:
         """The best trial so far, in words."""
-        complete = {name: score(metrics) for name, metrics in self.plan.results.items()}
-        if not any(complete.values()):
+        scores = {name: score(metrics) for name, metrics in self.plan.results.items()}
+        if not any(scores.values()):
             return "none yet"
-        name = max(complete, key=complete.get)
-        return f"{name}, validation {100 * complete[name]:.1f} %"
+        name = max(scores, key=scores.get)
+        return f"{name}, validation {100 * scores[name]:.1f} %"
 
     def counts(self) -> tuple[int, int, str]:
         """Trials done, trials known, both in words."""
@@ -67,24 +67,27 @@ class Progress:
 
     def lines(self) -> list[str]:
         """A line per trial that has finished since the last call."""
-        done, total, words = self.counts()
-        new, self.said = [name for name in self.plan.results if name not in self.said], set(self.plan.results)
+        results, (_, total, _) = self.plan.results, self.counts()
+        new, self.said = [name for name in results if name not in self.said], set(results)
         texts = []
-        for name in new:
-            metrics = self.plan.results[name]
+        for number, name in enumerate(new, len(results) - len(new) + 1):
+            metrics = results[name]
             reached = metrics.get("val_accuracy")
             reached = "" if reached is None else f", validation {100 * reached:.1f} %"
-            texts.append(f"{words}  {name}: {metrics['status'].replace('_', ' ')}{reached}  {self.left(done, total)}")
+            texts.append(
+                f"{number}/{total} {name}: {metrics['status'].replace('_', ' ')}{reached}  {self.left(number, total)}"
+            )
         return texts
 
 
 @contextlib.contextmanager
 def shown(plan: Plan, console: Console) -> Iterator[None]:
-    """Show the progress of a plan, that others advance, until the block ends."""
+    """Show the progress of a plan until the block ends."""
     progress, over = Progress(plan), threading.Event()
     with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else _Lines(console) as live:
 
         def refresh() -> None:
+            plan.update()
             live.update(progress.view() if console.is_terminal else progress.lines(), refresh=True)
 
         def watch() -> None:

@@ -73,9 +73,9 @@ def scanned(
     models, axes, recipe, out, *, workers: int = 1, parallel=None, console=None, **description
 ) -> tuple[pd.DataFrame, str | None]:
     """`scan`, and the command that trains the best setting; None where no trial is complete."""
+    _check_workers(workers)
     made = spec(models, axes, recipe, parallel=parallel or workers, **description)
     out = pathlib.Path(out)
-    _check_workers(workers)
     out.mkdir(parents=True, exist_ok=True)
     with one_writer(out), atomic(out / "scan.json") as partial:
         partial.write_text(to_json(made.model_dump(mode="json"), indent=1))

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from nfzoo import engine
 from nfzoo.files import atomic, to_json
+from nfzoo.tune.plan import result
 from nfzoo.tune.space import Spec, Trial
 
 
@@ -81,7 +82,7 @@ def run(trial: Trial, spec: Spec, out: pathlib.Path) -> None:
     """
     folder = out / trial.name
     with claim(out, trial.name) as log:
-        if log is None or (folder / "metrics.json").exists():
+        if log is None or result(folder) is not None:
             return
         for partial in folder.glob(".partial-*"):  # else a folder without options.json is not known for a run's
             partial.unlink()
@@ -107,6 +108,6 @@ def _record(trial: Trial, spec: Spec, folder: pathlib.Path, error: str, seconds:
     metrics = {"status": "out_of_memory", "epochs": 0, "seconds": round(seconds, 1), "error": error[:1000]}
     files = {"options.json": resolved, "metrics.json": metrics}
     for name, content in files.items():
-        if not (folder / name).exists():
+        if name == "metrics.json" or not (folder / name).exists():
             with atomic(folder / name) as partial:
                 partial.write_text(to_json(content, indent=1))

@@ -146,8 +146,8 @@ def serve(plan: Plan) -> None:
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     while thread.is_alive() and not plan.finished:
-        plan.update()
         thread.join(PAUSE)
+        plan.update()
     thread.join(FORGOTTEN)
     if failed:
         raise failed[0]
