@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-
 from rich.console import Console
 
 from nfzoo import engine, plots, recipes, tune

@@ -69,7 +69,9 @@ def _scan_line(axes: Axes, cells: pd.DataFrame, x: str, marker: str, label: str,
     mean, std = 100 * cells["mean"], 100 * cells["std"].fillna(0)
     axes.plot(cells[x], mean, marker, color=colour, label=label, markersize=4)
     if "-" in marker:
-        axes.fill_between(cells[x], mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(
+            cells[x], (mean - std).clip(lower=0), (mean + std).clip(upper=100), color=colour, alpha=0.18, linewidth=0
+        )
     else:
         axes.errorbar(cells[x], mean, yerr=std, fmt="none", color=colour, linewidth=0.8)
 

@@ -41,7 +41,7 @@ class Range(BaseModel):
         try:
             low, high = map(float, text.split(".."))
             return cls(low=low, high=high)
-        except ValueError:
+        except ValueError:  # pydantic's is one, too
             message = f"Expected LOW..HIGH, two positive numbers. Received: {text!r}; write e.g. 1e-4..1e-1"
             raise ValueError(message) from None
 

@@ -191,7 +191,9 @@ def _all_killed(plan: Plan, codes: list[int]) -> None:
 
 
 def _start(plan: Plan, index: int) -> subprocess.Popen:
-    environment = {**os.environ, "KERAS_BACKEND": keras.config.backend()}
+    # The worker finds modules where this process does, whatever made its path.
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    environment = {**os.environ, "KERAS_BACKEND": keras.config.backend(), "PYTHONPATH": path}
     if devices := _devices():
         environment["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
         # Workers that share a device take of its memory what they need.
