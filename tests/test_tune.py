@@ -88,6 +88,7 @@ def test_summary_is_mean_and_deviation_over_seeds(scanned):
             assert cell.mean == pytest.approx(values.mean()) and cell.std == pytest.approx(values.std())
 
 
+@pytest.mark.slow
 def test_a_killed_scan_does_the_missing_trials_only(scanned, tmp_path, monkeypatch):
     _, expected = scanned
     trained, original = [], engine._new_model
@@ -196,7 +197,7 @@ def test_a_grid_is_all_combinations_in_order(tmp_path, pretended):
     assert "b-lr0.1-clip0.02-flipTrue-seed5" in pretended
 
 
-@pytest.mark.parametrize("search", ["random", "bayesian", "hyperband"])
+@pytest.mark.parametrize("search", ["random", pytest.param("bayesian", marks=pytest.mark.slow), "hyperband"])
 def test_a_search_repeats_itself_whatever_kills_it(search, tmp_path, pretended):
     """Folders are all that is kept: without some of them the same trials are made again, those that are there stay."""
     recipe = recipes.override(RECIPE, {"epochs": 4})
@@ -356,6 +357,7 @@ def test_a_search_over_several_ranges_has_a_table_of_the_best_and_points(tmp_pat
     assert axes.lines[0].get_linestyle() == "None" and len(axes.lines[0].get_xdata()) == 20
 
 
+@pytest.mark.slow
 def test_scans_without_a_session_of_their_own_leave_random_state_to_the_runs(scanned):
     """A trial is what `engine.run` makes of its recipe alone, whatever was trained before it."""
     out, results = scanned
