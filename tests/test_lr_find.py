@@ -112,6 +112,19 @@ def test_an_error_leaves_no_trace():
     assert int(model.optimizer.iterations) == 1 and float(model.optimizer.learning_rate) == 0.5
 
 
+def test_loss_scale_is_put_back():
+    model, batches = _line(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.25), dynamic_growth_steps=5))
+    model.fit(*batches[0], verbose=0)
+    before = _state(model)
+    scale = float(model.optimizer.dynamic_scale)
+    scales = []
+    steps = ((scales.append(float(model.optimizer.dynamic_scale)), batch)[1] for batch in batches * 3)
+    tune.lr_find(model, steps, end=1e-3)
+    assert max(scales) > scale == float(model.optimizer.dynamic_scale)
+    assert all(np.array_equal(a, b) for a, b in zip(before, _state(model), strict=True))
+    assert float(model.optimizer.learning_rate) == 0.25
+
+
 def test_a_model_that_was_never_called_is_built_and_left_as_it_would_start():
     keras.utils.set_random_seed(3)
     model = keras.Sequential([keras.layers.Dropout(0.5), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
@@ -147,7 +160,7 @@ def test_mistakes_are_said():
     twice, _ = _line()
     twice.compile("sgd", "mse", steps_per_execution=2)
     for words, arguments, options in (
-        ("CosineDecay", (_line(keras.optimizers.SGD(schedule))[0], batches), {}),
+        ("SGD with a schedule", (_line(keras.optimizers.SGD(schedule))[0], batches), {}),
         ("compiled", (keras.Sequential([keras.layers.Dense(1)]), batches), {}),
         ("none", (model, []), {}),
         ("start < end", (model, batches), {"start": 1.0, "end": 0.1}),

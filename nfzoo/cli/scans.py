@@ -105,7 +105,7 @@ def _known(models: list[str], recipe, overrides: dict) -> None:
     for model in models:
         names.parse(model)
     with quiet_start():
-        from nfzoo import engine
+        from nfzoo import engine, tune  # noqa: F401 (keras-tuner imports TensorFlow on any backend)
     for model in models:
         registry.resolve(model, engine.options(model, recipe, overrides)["build"])
 
@@ -133,7 +133,8 @@ def _show(results, command: str | None, out: pathlib.Path) -> None:
             written.append(plots.save(plots.scan(tune.summary(results)), out / "scan.png"))
     console.print(tune.table(results))
     say("wrote " + " and ".join(map(str, written)))
-    say(f"best by validation accuracy:\n{command}" if command else "no trial is complete: try smaller learning rates")
+    advice = "no trial is complete: try smaller learning rates, or a smaller batch_size where memory ran out"
+    say(f"best by validation accuracy:\n{command}" if command else advice)
 
 
 @app.command("lr-find")

@@ -167,12 +167,13 @@ def _endless(batches: Iterable) -> Iterator[tuple]:
 def _check(model: keras.Model, start: float, end: float, steps: int, smoothing: float) -> None:
     if not getattr(model, "compiled", False):
         raise ValueError(f"Expected a compiled model. Received: {model.name}, which is not; call model.compile first")
-    rate = model.optimizer.get_config()["learning_rate"]
-    if not isinstance(rate, int | float):
+    try:
+        model.optimizer.learning_rate = float(model.optimizer.learning_rate)
+    except (TypeError, AttributeError):  # of a schedule, of a function
         raise ValueError(
-            f"Expected an optimizer with a constant learning rate. Received: {rate.get('class_name', rate)}; compile "
-            "the model with a number, and make the schedule from what the test finds"
-        )
+            f"Expected an optimizer with a constant learning rate. Received: {type(model.optimizer).__name__} with a "
+            "schedule; compile the model with a number, and make the schedule from what the test finds"
+        ) from None
     if not (0 < start < end and math.isfinite(end) and steps >= 3 and 0 <= smoothing < 1):
         raise ValueError(
             f"Expected 0 < start < end, at least 3 steps, smoothing in [0, 1). Received: start={start}, end={end}, "

@@ -12,7 +12,7 @@ from rich.table import Table
 from nfzoo.tune.plan import Plan, score
 from nfzoo.tune.trials import busy
 
-PERIOD = 0.5  # seconds
+PERIOD = 1.0  # seconds
 
 
 class Progress:

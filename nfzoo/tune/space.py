@@ -4,7 +4,7 @@ import itertools
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nfzoo import recipes
 
@@ -178,9 +178,13 @@ def spec(
             axes = {**axes, path: tuple(dict.fromkeys(values))}
     if trials is None and search in ("random", "bayesian"):
         trials = 10
-    made = Spec(
-        models=tuple(dict.fromkeys(models)), axes=axes, seeds=tuple(dict.fromkeys(seeds or recipe.seeds)),
-        recipe=recipe, overrides=overrides or {}, search=search, trials=trials, parallel=parallel,
-    )  # fmt: skip
+    try:
+        made = Spec(
+            models=tuple(dict.fromkeys(models)), axes=axes, seeds=tuple(dict.fromkeys(seeds or recipe.seeds)),
+            recipe=recipe, overrides=overrides or {}, search=search, trials=trials, parallel=parallel,
+        )  # fmt: skip
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}. Received: {e['input']!r}" for e in error.errors()]
+        raise ValueError("Expected a possible scan. " + "; ".join(lines)) from None
     made.check()
     return made

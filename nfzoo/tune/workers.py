@@ -6,6 +6,7 @@ the trial of a dead worker is free at once. keras-tuner's own bookkeeping would 
 chief (1.4.8) neither gives the trial to another one nor ends, and it hands out the trials of a grid one by one.
 """
 
+import builtins
 import contextlib
 import json
 import os
@@ -178,7 +179,11 @@ def run_workers(plan: Plan, count: int) -> None:
         for worker in workers:
             worker.stdin.close()  # they end when this closes, see `main`
         for worker in workers:
-            worker.wait()
+            try:
+                worker.wait(FORGOTTEN)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
             worker.stdout.close()
 
 
@@ -222,8 +227,6 @@ def _devices() -> list[str]:
 
 def _error(worker: subprocess.Popen) -> Exception:
     """The error that a worker said last, as far as its class is Python's own."""
-    import builtins
-
     try:
         kind, text = json.loads(worker.stdout.read().splitlines()[-1])
     except (IndexError, ValueError):
