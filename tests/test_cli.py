@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -84,10 +85,38 @@ def test_export(trained, call, tmp_path):
 
 
 def test_scan(call, tmp_path):
-    grid = ("bn_test_ffnn", "sn_test_ffnn", "--lr", "0.1,0.001", "--seeds", "0")
+    grid = ("sn_test_ffnn", "--lr", "0.1,0.001", "--clip-factor", "0.02", "--axis", "augment.flip=true", "--seeds", "0")
     status, out, _ = call("scan", *grid, *TINY, "--epochs", 1, "--out", tmp_path)
     assert status == 0 and "mean ± std" in out
-    assert len(pd.read_csv(tmp_path / "scan.csv")) == 4 and (tmp_path / "scan.png").exists()
+    results = pd.read_csv(tmp_path / "scan.csv")
+    assert len(results) == 2 and (tmp_path / "scan.png").exists()
+    best = results.loc[results.val_accuracy.idxmax()]
+    trial = tmp_path / f"sn_test_ffnn-lr{best.learning_rate:g}-clip0.02-flipTrue-seed0"
+    command = shlex.split(next(line for line in out.splitlines() if line.startswith("nfzoo train")))
+    resolved = json.loads(call(*command[1:], "--dry-run")[1])
+    ran = json.loads((trial / "options.json").read_text())
+    assert all(resolved[key] == ran[key] for key in ("model", "build", "recipe", "fingerprint"))
+
+
+def test_lr_find(call, tmp_path):
+    arguments = (
+        "sn_test_ffnn",
+        "--data",
+        "fake",
+        "--batch-size",
+        16,
+        "--to",
+        100,
+        "--steps",
+        30,
+        "--out",
+        tmp_path / "a",
+    )
+    assert json.loads(call("lr-find", *arguments, "--dry-run")[1])["steps"] == 30 and not (tmp_path / "a").exists()
+    status, out, _ = call("lr-find", *arguments)
+    assert status == 0 and len(re.findall(r"--lr \d", out)) == 2
+    table = pd.read_csv(tmp_path / "a" / "lr_find.csv")
+    assert list(table) == ["step", "learning_rate", "loss", "smoothed"] and (tmp_path / "a" / "lr_find.png").exists()
 
 
 def test_list_and_info(call):
@@ -161,7 +190,9 @@ def test_dry_run_resolves_and_writes_nothing(call, tmp_path):
     assert scan["trials"] == 9 and not (tmp_path / "scan").exists()
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "spp", "scan", "export", "list", "info", "data", "convert"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "eval", "spp", "scan", "lr-find", "export", "list", "info", "data", "convert"]
+)
 def test_help(command, call):
     status, out, _ = call(*command.split(), "--help")
     assert status == 0 and "Usage" in out
@@ -201,6 +232,10 @@ MISTAKES = {
     "missing data": (["train", "sn_test_ffnn", "--data", "no_such_set"], "digits, fake"),
     "missing file": (["train", "sn_test_ffnn", "--data", "none.npz"], "nfzoo data"),
     "learning rates": (["scan", "sn_test_ffnn", "--lr", "0.1;0.2"], "0.1;0.2"),
+    "range": (["scan", "sn_test_ffnn", "--lr", "1e-1..1e-4"], "LOW..HIGH"),
+    "axis": (["scan", "sn_test_ffnn", "--axis", "epoch=1,2"], "Did you mean 'epochs'?"),
+    "search": (["scan", "sn_test_ffnn", "--search", "genetic"], "grid, random, bayesian, hyperband"),
+    "sweep": (["lr-find", "sn_test_ffnn", "--data", "fake", "--from", "1", "--to", "0.1"], "start < end"),
     "not a run": (["eval", "."], "options.json"),
     "not a run to export": (["export", ".", "--to", "x"], "options.json"),
     "no log": (["spp", ".", "--to", "x.png"], "spp.jsonl"),

@@ -41,7 +41,7 @@ def test_frameworks_stay_in_their_files():
     assert _users("tensorflow_datasets") <= {"sources.py"}
     assert _users("jax") <= {"backend/jax.py", "engine/folder.py"}
     assert all(path.startswith("plots/") for path in _users("matplotlib"))
-    assert _users("keras_tuner") == {"tune.py"}
+    assert _users("keras_tuner") == {"tune/plan.py", "tune/workers.py"}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,8 @@ def test_frameworks_stay_in_their_files():
         f"plots/{name}.py"
         for name in ("__init__", "animation", "drawing", "figures", "parameters", "select", "style", "training")
     ]
-    + [f"report/{name}.py" for name in ("__init__", "contents", "quantities")],
+    + [f"report/{name}.py" for name in ("__init__", "contents", "quantities")]
+    + [f"tune/{name}.py" for name in ("results", "space")],
 )
 def test_tables_and_numbers_need_no_keras(name):
     assert "keras" not in {n.split(".")[0] for n in _imports(ROOT / name)}
@@ -120,6 +121,17 @@ ALLOWED = {
     "callbacks.py": {"backend", "files", "optimizers"},
     "names.py": {f"models.{n}" for n in ("efficientnet", "ffnn", "nfnet", "regnet", "resnet")} | {"models", "variants"},
     "registry.py": {"names", "models.sites", "variants", "trainer", "weights", "convert", "convert.published"},
+    "tune/space.py": {"recipes"},
+    "tune/plan.py": {"tune.space"},
+    "tune/results.py": {"recipes", "tune.space"},
+    "tune/trials.py": {"engine", "files", "tune.plan", "tune.space"},
+    "tune/workers.py": {"tune", "tune.plan", "tune.space", "tune.trials"},
+    "tune/progress.py": {"tune.plan", "tune.trials"},
+    "tune/lr_range.py": {"data", "engine", "recipes"},
+    "tune/search.py": {"files", "recipes", "tune"}
+    | {f"tune.{n}" for n in ("plan", "progress", "results", "space", "trials", "workers")},
+    "tune/__init__.py": {f"tune.{n}" for n in ("lr_range", "results", "search", "space")},
+    "tune/__main__.py": {"tune.workers"},
     "convert/pickles.py": set(),
     "convert/torch_file.py": {"convert.pickles"},
     "convert/timm.py": {"convert", "convert.torch_file", "weights"},

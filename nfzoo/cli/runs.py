@@ -1,4 +1,4 @@
-"""Commands on runs: train, eval, scan, export, data."""
+"""Commands on runs: train, eval, export, data."""
 
 import json
 import pathlib
@@ -44,6 +44,10 @@ def train(
         list[str] | None,
         typer.Option(help="KEY=VALUE of nfzoo.SignalPropagation, e.g. source=live, statistics=all; repeatable"),
     ] = None,
+    strategy: Annotated[str, typer.Option(help='"mirrored": all devices of this machine share each batch')] = "none",
+    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0 of several (JAX)")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="how many processes share each batch")] = 1,
+    process_id: Annotated[int, typer.Option(min=0, help="which of them this is; 0 writes the run's folder")] = 0,
     set_: Settings = None,
     build: Build = None,
     dry_run: DryRun = False,
@@ -60,6 +64,9 @@ def train(
     with quiet_start():
         from nfzoo import engine
 
+    if strategy not in ("none", "mirrored"):
+        raise ValueError(f"Expected --strategy none or mirrored. Received: {strategy!r}")
+    devices = engine.Devices(strategy == "mirrored", coordinator, processes, process_id)
     out = out or pathlib.Path("runs") / f"{model}-{resolved.seed}"
     registry.resolve(model, engine.options(model, resolved, overrides)["build"])
     if dry_run:
@@ -67,13 +74,14 @@ def train(
         return
     metrics = engine.run(
         model, resolved, out, overrides=overrides, taps=None if taps == "none" else taps, signals=watched,
-        console=console,
+        console=console, devices=devices,
     )  # fmt: skip
     console.print_json(data=metrics)
     if metrics["status"] == "diverged":
         raise RuntimeError(
-            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on; the "
-            f"run is marked as diverged, checkpoints of earlier epochs, if any, are in {out / 'checkpoints'}. Try a "
+            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on"
+            + (f", first the {metrics['diverged_in']}" if metrics.get("diverged_in") else "")
+            + f"; the run is marked as diverged, checkpoints of earlier epochs, if any, are in {out / 'checkpoints'}. Try a "
             "smaller --lr or --set agc=0.01."
         )
 
@@ -85,53 +93,6 @@ def eval_(run: Run, data: Source = None, data_dir: DataDir = None) -> None:
         from nfzoo import engine
 
     console.print_json(data=engine.evaluate(run, data, data_dir))
-
-
-@app.command()
-def scan(
-    models: Annotated[list[str], typer.Argument(help="names of models")],
-    lr: Annotated[str, typer.Option(help="learning rates, separated by commas")] = "0.1,0.01,0.001",
-    seeds: Annotated[str | None, typer.Option(help="seeds, separated by commas; default: the recipe's")] = None,
-    data: Source = None,
-    recipe: RecipeName = "demo",
-    epochs: Epochs = None,
-    out: Annotated[pathlib.Path, typer.Option(help="folder of the scan")] = pathlib.Path("runs/scan"),
-    data_dir: DataDir = None,
-    set_: Settings = None,
-    build: Build = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Scan learning rates with keras-tuner; the same command again does the missing trials."""
-    resolved = recipe_of(recipe, set_, data__name=data, data__data_dir=data_dir, epochs=epochs)
-    rates = _numbers(lr, float, "--lr")
-    chosen = _numbers(seeds, int, "--seeds") if seeds else list(resolved.seeds)
-    overrides = overrides_of(build)
-    from nfzoo import names, registry
-
-    for model in models:
-        names.parse(model)
-    with quiet_start():
-        from nfzoo import engine
-    for model in models:
-        registry.resolve(model, engine.options(model, resolved, overrides)["build"])
-    if dry_run:
-        grid = {"models": models, "learning_rates": rates, "seeds": chosen}
-        grid["trials"] = len(models) * len(rates) * len(chosen)
-        print(json.dumps({**grid, "recipe": resolved.model_dump(mode="json"), "out": str(out)}, indent=1))
-        return
-    from nfzoo import plots, tune
-
-    results = tune.scan(models, rates, resolved, out, seeds=chosen, overrides=overrides, console=console)
-    picture = plots.save(plots.scan(tune.summary(results)), out / "scan.png")
-    console.print(tune.table(results))
-    say(f"wrote {out / 'scan.csv'} and {picture}")
-
-
-def _numbers(text: str, kind: type, option: str) -> list:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"Expected numbers separated by commas for {option}. Received: {text!r}") from None
 
 
 @app.command()

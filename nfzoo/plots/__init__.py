@@ -1,8 +1,8 @@
 """Pictures from logs and tables only; no Keras here.
 
 A selection of a log (`select.py`) is drawn on axes (`drawing.py`) in one style (`style.py`); the figures (`figures.py`,
-`parameters.py`) compose that, and `FIGURES` names them. `animation.py` films them; `training.py` draws histories and
-scans.
+`parameters.py`) compose that, and `FIGURES` names them. `animation.py` films them; `training.py` draws histories,
+scans and range tests.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from nfzoo.plots.figures import (
 from nfzoo.plots.parameters import scalars, weights
 from nfzoo.plots.select import PANELS, Grid, Quantity, expected, select
 from nfzoo.plots.style import save
-from nfzoo.plots.training import histories, scan
+from nfzoo.plots.training import histories, range_test, scan
 
 __all__ = [
     "FIGURES",
@@ -47,6 +47,7 @@ __all__ = [
     "histories",
     "history",
     "over_time",
+    "range_test",
     "save",
     "scalars",
     "scan",

@@ -1,12 +1,14 @@
-"""Figures of training: histories, learning-rate scans."""
+"""Figures of training: histories, learning-rate scans, range tests."""
 
+import math
 from collections.abc import Mapping
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nfzoo.plots.style import colour, styled
+from nfzoo.plots.style import COLOURS, colour, legend, styled
 
 
 @styled
@@ -30,24 +32,73 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 @styled
-def scan(summary: pd.DataFrame) -> Figure:
-    """Draw test accuracy against learning rate, mean ± std over seeds; a cross marks cells with diverged trials.
+def scan(summary: pd.DataFrame, x: str = "learning_rate") -> Figure:
+    """Draw accuracy against learning rate: mean, and a band of ± std over seeds, for every model.
+
+    Settings of several axes have a line for each combination of the others where these are few, else points without
+    lines. A cross marks settings with diverged trials, a square those that ran out of memory.
 
     Args:
         summary: table of `nfzoo.tune.summary`.
+        x: its column along which to draw.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for i, (model, cells) in enumerate(summary.groupby("model", sort=False)):
-        cells = cells.sort_values("learning_rate")
-        mean, std = 100 * cells["mean"], 100 * cells["std"].fillna(0)
-        axes.errorbar(
-            cells.learning_rate, mean, yerr=std, fmt="o-", color=colour(i), label=model, capsize=3, markersize=4
+    others = list(summary.columns)[1 : summary.columns.get_loc("mean")]
+    others = [name for name in others if name != x and summary[name].nunique(dropna=False) > 1]
+    lines = len(summary[["model", *others]].drop_duplicates()) <= 2 * len(COLOURS)
+    for i, (key, cells) in enumerate(
+        summary.groupby(["model", *others] if lines else ["model"], sort=False, dropna=False)
+    ):
+        label = ", ".join([key[0], *[f"{name} {value}" for name, value in zip(others, key[1:], strict=False)]])
+        _scan_line(axes, cells.sort_values(x), x, "o-" if lines else "o", label, colour(i))
+    for status, marker in (("diverged", "x"), ("out_of_memory", "s")):
+        failed = summary[summary[status] > 0]
+        style = {"color": "#B00020", "markersize": 8, "linestyle": "none", "fillstyle": "none", "zorder": 4}
+        if len(failed):
+            axes.plot(failed[x], 100 * failed["mean"], marker, label=f"{status.replace('_', ' ')} trials", **style)
+    if summary[x].min() > 0:
+        axes.set_xscale("log")
+    axes.set_xlabel(x.replace("_", " "))
+    axes.set_ylabel(f"{summary.attrs.get('of', 'accuracy')}, %")
+    legend(figure)
+    return figure
+
+
+def _scan_line(axes: Axes, cells: pd.DataFrame, x: str, marker: str, label: str, colour: str) -> None:
+    mean, std = 100 * cells["mean"], 100 * cells["std"].fillna(0)
+    axes.plot(cells[x], mean, marker, color=colour, label=label, markersize=4)
+    if "-" in marker:
+        axes.fill_between(
+            cells[x], (mean - std).clip(lower=0), (mean + std).clip(upper=100), color=colour, alpha=0.18, linewidth=0
         )
-        lost = cells.diverged > 0
-        axes.plot(cells.learning_rate[lost], mean[lost], "x", color=colour(i), markersize=10)
+    else:
+        axes.errorbar(cells[x], mean, yerr=std, fmt="none", color=colour, linewidth=0.8)
+
+
+@styled
+def range_test(table: pd.DataFrame, suggestions: Mapping[str, float]) -> Figure:
+    """Draw the loss of a learning rate range test, and the learning rates that it suggests.
+
+    Args:
+        table: `nfzoo.tune.RangeTest.table`.
+        suggestions: name -> learning rate.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(table.learning_rate, table.loss, color="0.7", linewidth=0.8, label="loss of the step")
+    axes.plot(table.learning_rate, table.smoothed, color=colour(0), label="smoothed")
+    for i, (name, rate) in enumerate(suggestions.items(), 1):
+        if math.isfinite(rate):
+            axes.axvline(rate, color=colour(i), linestyle="--", label=f"{name}: {rate:.2g}")
     axes.set_xscale("log")
+    # One step of a diverged loss would press the rest to the foot.
+    seen = table.smoothed[table.smoothed.map(math.isfinite)]
+    if len(seen):
+        low, high = min(seen.min(), table.loss.min()), seen.iloc[: max(3, seen.argmin() + 1)].max()
+        margin = 0.25 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)
     axes.set_xlabel("learning rate")
-    axes.set_ylabel("test accuracy, %")
-    axes.legend()
+    axes.set_ylabel("training loss")
+    legend(figure)
     return figure

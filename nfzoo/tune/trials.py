@@ -1,0 +1,113 @@
+"""One trial: claimed by a lock of the operating system, trained in a folder of its own, whatever becomes of it."""
+
+import contextlib
+import fcntl
+import gc
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator
+from typing import IO
+
+import keras
+from rich.console import Console
+
+from nfzoo import engine
+from nfzoo.files import atomic, to_json
+from nfzoo.tune.plan import result
+from nfzoo.tune.space import Spec, Trial
+
+
+@contextlib.contextmanager
+def claim(out: pathlib.Path, name: str) -> Iterator[IO[str] | None]:
+    """Hold a trial as long as this process lives; None where another one holds it.
+
+    The lock is on the file that logs what the trial says, beside the folders. The system gives it back when a process
+    ends, however it ends.
+    """
+    path = out / "logs" / f"{name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield file
+
+
+def busy(out: pathlib.Path, name: str) -> bool:
+    """Whether a process, this one or another, runs the trial now."""
+    try:
+        with (out / "logs" / f"{name}.log").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def one_writer(out: pathlib.Path) -> Iterator[None]:
+    """Wait until no other process writes the files of the whole scan."""
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    with (out / "logs" / "scan.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one behind it, says that memory ran out: on TensorFlow, JAX, or in Python itself.
+
+    Example:
+        >>> out_of_memory(MemoryError()), out_of_memory(OSError("No space left on device"))
+        (True, False)
+    """
+    while error is not None:
+        text = f"{type(error).__name__} {error}"
+        # TensorFlow says the same of a full disk.
+        exhausted = "ResourceExhausted" in text or "RESOURCE_EXHAUSTED" in text
+        if isinstance(error, MemoryError) or (exhausted and "No space left" not in text):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def run(trial: Trial, spec: Spec, out: pathlib.Path) -> None:
+    """Train a trial, unless another process does so or has done so.
+
+    Raises:
+        Exception: what kept the trial from running, but for memory that ran out: that is a result.
+    """
+    folder = out / trial.name
+    with claim(out, trial.name) as log:
+        if log is None or result(folder) is not None:
+            return
+        for partial in folder.glob(".partial-*"):  # else a folder without options.json is not known for a run's
+            partial.unlink()
+        keras.utils.clear_session()  # else the graphs of all trials stay in memory
+        model, began = trial.setting.model, time.perf_counter()
+        try:
+            engine.run(
+                model, trial.recipe(spec.recipe), folder, overrides=spec.overrides, taps=None, keep_model=False,
+                console=Console(file=log, width=120),
+            )  # fmt: skip
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            _record(trial, spec, folder, str(error), time.perf_counter() - began)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # also what a diverged run leaves
+
+
+def _record(trial: Trial, spec: Spec, folder: pathlib.Path, error: str, seconds: float) -> None:
+    """Write the result of a trial that ran out of memory, and let go of what it held."""
+    keras.utils.clear_session()
+    gc.collect()
+    resolved = engine.options(trial.setting.model, trial.recipe(spec.recipe), spec.overrides)
+    metrics = {"status": "out_of_memory", "epochs": 0, "seconds": round(seconds, 1), "error": error[:1000]}
+    files = {"options.json": resolved, "metrics.json": metrics}
+    for name, content in files.items():
+        if name == "metrics.json" or not (folder / name).exists():
+            with atomic(folder / name) as partial:
+                partial.write_text(to_json(content, indent=1))
