@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -119,7 +120,7 @@ class AverageWeights(keras.callbacks.Callback):
     def on_test_begin(self, logs=None) -> None:
         if self._optimizer.use_ema:
             self._keep()
-            _assign(self._optimizer._trainable_variables, self._optimizer._model_variables_moving_average)
+            self.put_average()
 
     def on_test_end(self, logs=None) -> None:
         self.put_back()
@@ -141,19 +142,14 @@ class AverageWeights(keras.callbacks.Callback):
         if self._weights is not None:
             _assign(self._optimizer._trainable_variables, self._weights)
 
-    @contextlib.contextmanager
-    def weights(self) -> Iterator[None]:
-        """The weights for a while, after Keras has put the average in their place."""
-        self.put_back()
-        try:
-            yield
-        finally:
-            _assign(self._optimizer._trainable_variables, self._optimizer._model_variables_moving_average)
+    def put_average(self) -> None:
+        """Give the model the average of its weights. What Keras puts there when `fit` ends is, on JAX, no copy."""
+        _assign(self._optimizer._trainable_variables, self._optimizer._model_variables_moving_average)
 
 
 def _assign(variables, values) -> None:
     for variable, value in zip(variables, values, strict=True):
-        variable.assign(keras.ops.convert_to_numpy(value))
+        variable.assign(np.array(keras.ops.convert_to_numpy(value)))
 
 
 class Terminated(SystemExit):
@@ -172,7 +168,7 @@ class Checkpoints(keras.callbacks.Callback):
     the metrics' counters. It is written last: a pair that is incomplete or does not verify is passed over by `latest`.
 
     Args:
-        folder: of the checkpoints; None to write none.
+        folder: of the checkpoints; None for a process that leaves them to another one.
         state: history of the epochs that are done, which grows; step, counters and seconds of the one that goes on.
         guard: tells that the loss is not finite any more; then nothing is written.
     """
@@ -223,6 +219,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     def _save(self, name: str, epoch: int, **rest) -> None:
         if self.folder is None:
+            save_for_nobody(self.model)
             return
         path = self.folder / f"model-{name}.keras"
         with atomic(path) as partial:
@@ -237,6 +234,12 @@ class Checkpoints(keras.callbacks.Callback):
         for old in pairs(self.folder)[2:]:
             old.with_suffix(".json").unlink(missing_ok=True)
             old.unlink(missing_ok=True)
+
+
+def save_for_nobody(model: keras.Model) -> None:
+    """Take part in a saving: where several processes hold a model, whatever touches its variables takes all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(pathlib.Path(folder) / "model.keras")
 
 
 def random_states(model: keras.Model) -> list[keras.Variable]:

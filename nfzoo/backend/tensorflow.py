@@ -88,7 +88,8 @@ def deterministic(wanted: bool):
 
 def data_parallel():
     """Where a model is made for all devices of this machine to share its batches."""
-    return tf.distribute.MirroredStrategy().scope()
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices]).scope()
 
 
 def sync(model: keras.Model) -> None:
@@ -132,7 +133,9 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
             with recording(taps, see):
                 outputs, _ = model.stateless_call(trainable, non_trainable, x, **mode)
             with keras.StatelessScope(loss_state(model, trainable, counters)):
-                loss = None if compute_loss is None else compute_loss(x, y, outputs) * scale
+                # Under a strategy Keras' loss is a replica's share; here is one batch, and all of its loss.
+                shares = scale * tf.distribute.get_strategy().num_replicas_in_sync
+                loss = None if compute_loss is None else compute_loss(x, y, outputs) * shares
         wanted = [seen, dict(zip(paths, trainable, strict=True))]
         if loss is None:
             return reduce(*wanted, {}, {})

@@ -72,7 +72,8 @@ def quiet_start():
     try:
         import keras
 
-        keras.ops.zeros(())
+        if keras.config.backend() == "tensorflow":
+            keras.ops.zeros(())
         yield
     finally:
         sys.stderr.flush()

@@ -76,13 +76,15 @@ def train(
         model, resolved, out, overrides=overrides, taps=None if taps == "none" else taps, signals=watched,
         console=console, devices=devices,
     )  # fmt: skip
-    console.print_json(data=metrics)
+    if devices.leads:
+        console.print_json(data=metrics)
     if metrics["status"] == "diverged":
-        named = f" (the first: {metrics['diverged_in']})" if metrics.get("diverged_in") else ""
+        named = f", first in the {metrics['diverged_in']}" if metrics.get("diverged_in") else ""
         raise RuntimeError(
-            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on{named}; "
-            f"the run is marked as diverged, checkpoints of earlier epochs, if any, are in {out / 'checkpoints'}. Try a "
-            "smaller --lr or --set agc=0.01."
+            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on"
+            f"{named}. "
+            f"The run is marked as diverged; checkpoints of earlier epochs, if any, are in {out / 'checkpoints'}. Try "
+            "a smaller --lr or --set agc=0.01."
         )
 
 

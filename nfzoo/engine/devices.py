@@ -26,7 +26,7 @@ class Devices:
     def __post_init__(self):
         if self.processes > 1 and self.coordinator is None:
             raise ValueError(
-                f"Expected coordinator HOST:PORT for several processes. Received: {self.processes} without"
+                f"Expected coordinator=HOST:PORT for processes={self.processes}. Received: none"
             )
         if not 0 <= self.process_id < self.processes:
             raise ValueError(f"Expected 0 <= process_id < {self.processes}. Received: {self.process_id}")

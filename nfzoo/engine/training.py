@@ -56,7 +56,8 @@ def run(
             damaged.
         nfzoo.callbacks.Terminated: on SIGTERM, once the state is saved.
     """
-    console, out, devices = console or Console(), pathlib.Path(out), devices or Devices()
+    out, devices = pathlib.Path(out), devices or Devices()
+    console = (console or Console()) if devices.leads else Console(quiet=True)
     resolved = folder.options(model, recipe, overrides)
     if (done := folder.result(out, resolved)) is not None:
         console.print(f"{out}: {done['status']} already, nothing to do", markup=False, soft_wrap=True)
@@ -105,8 +106,11 @@ def _train(resolved, recipe, out, taps, signals, keep_model, console, devices) -
         state = start(out, resolved, recipe, images, warn)
         frozen = state.epoch < recipe.frozen_epochs
         metrics["diverged_in"] = first_bad_layer(state, batches, recipe, guard.step, frozen)
+    keep_model &= metrics["status"] == "complete"
     if devices.leads:
-        _finish(out, state.net, metrics, keep_model and metrics["status"] == "complete", averaged=bool(recipe.ema))
+        _finish(out, state.net, metrics, keep_model, averaged=bool(recipe.ema))
+    elif keep_model and recipe.ema:
+        callbacks.save_for_nobody(state.net)
     return metrics
 
 
@@ -149,8 +153,12 @@ def _fit(state: State, batches: dict, recipe: recipes.Recipe, steps: list, avera
 
 
 def _metrics(state: State, test, guard, average, seconds: float, examples: int) -> dict:
+    raw, history = {}, state.history
+    if average.kept:
+        average.put_back()
+        raw = state.net.evaluate(test, verbose=0, return_dict=True)
+        average.put_average()
     result = state.net.evaluate(test, verbose=0, return_dict=True)
-    history = state.history
     last, spent = history[-1] if history else {}, sum(row["seconds"] for row in history)
     diverged = guard.diverged or not math.isfinite(result["loss"])
     metrics = {
@@ -160,12 +168,9 @@ def _metrics(state: State, test, guard, average, seconds: float, examples: int) 
         "seconds": round(spent or seconds, 1),
         "images_per_second": round(examples * len(history) / max(spent, 1e-9), 1),
         **{f"test_{k}": float(v) for k, v in result.items()},
+        **{f"test_{k}_without_average": float(v) for k, v in raw.items()},
         **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
     }
-    if average.kept:
-        with average.weights():
-            raw = state.net.evaluate(test, verbose=0, return_dict=True)
-        metrics |= {f"test_{k}_without_average": float(v) for k, v in raw.items()}
     return finite(metrics)  # as metrics.json will have it
 
 
