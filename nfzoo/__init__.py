@@ -27,6 +27,7 @@ _HOME = {
 _MODULES = (
     "agc",
     "alarms",
+    "augment",
     "convert",
     "data",
     "doctor",
@@ -34,9 +35,11 @@ _MODULES = (
     "export",
     "layers",
     "numerics",
+    "optimizers",
     "plots",
     "recipes",
     "report",
+    "schedules",
     "spp",
     "theory",
     "tune",
@@ -61,6 +64,7 @@ def __dir__() -> list[str]:
 # A saved model names its classes by "nfzoo>…"; Keras finds them only once they are registered. So they register as soon
 # as both packages are imported, in either order, and `nfzoo list` need not wait for TensorFlow.
 def _register(keras) -> None:
+    importlib.import_module("nfzoo.schedules")
     if "nfzoo.backend" not in sys.modules:  # else it is being imported, on behalf of the trainer
         importlib.import_module("nfzoo.trainer")
 

@@ -50,20 +50,25 @@ def clip(gradient: Any, weight: Any, axes: Sequence[int], clip_factor: float, ep
         >>> np.asarray(clip(gradient, weight, (0,), 0.01, 1e-3)[0])[:, 0].round(6).tolist()
         [0.03, 0.04]
     """
-    weight = ops.convert_to_tensor(weight)
-    gradient = ops.cast(gradient, weight.dtype)
-    scale = ops.cast(scale, weight.dtype)
+    if hasattr(gradient, "indices"):  # rows of an embedding, some of them twice: only their sums have a norm
+        gradient = ops.add(gradient, ops.zeros(weight.shape, gradient.dtype))
+    given = gradient.dtype
+    # A norm of squares needs more than the range and the digits of half precision.
+    kind = keras.backend.result_type(keras.backend.standardize_dtype(weight.dtype), "float32")
+    weight, gradient, scale = (ops.cast(x, kind) for x in (ops.convert_to_tensor(weight), gradient, scale))
     limit = clip_factor * ops.maximum(unitwise_norm(weight, axes), eps) * scale
     norm = unitwise_norm(gradient, axes)
     clipped = norm > limit
     # The floor only guards the branch that `where` discards: a norm above its limit is far from zero.
-    return ops.where(clipped, gradient * (limit / ops.maximum(norm, 1e-6 * scale)), gradient), clipped
+    bounded = ops.where(clipped, gradient * (limit / ops.maximum(norm, 1e-6 * scale)), gradient)
+    return ops.cast(bounded, given), clipped
 
 
 # Which axes make up a unit's fan-in, per layer type and variable. A rank does not tell: a depthwise kernel
 # (H, W, channels, multiplier) and a convolution kernel (H, W, in, out) are both of rank 4. Add your own layers here.
 UNIT_AXES: dict[type[keras.Layer], dict[str, Axes]] = {
     layers.Dense: {"kernel": (0,)},
+    layers.Embedding: {"embeddings": (0,)},  # the kernel of a Dense layer on one-hot words
     layers.Conv1D: {"kernel": (0, 1)},
     layers.Conv2D: {"kernel": (0, 1, 2)},
     layers.Conv3D: {"kernel": (0, 1, 2, 3)},
@@ -106,9 +111,9 @@ def unit_axes(model: keras.Model, exclude: Iterable[str] = (), vector_units: str
     """
     owner, result = owners(model), {}
     # A frozen variable is not clipped, but a pattern may name it.
-    unused = {p for p in exclude if not any(_matches(p, v.path) for v in model.weights)}
+    unused = {p for p in exclude if not any(matches(p, v.path) for v in model.weights)}
     for variable in model.trainable_variables:
-        hits = any(_matches(p, variable.path) for p in exclude)
+        hits = any(matches(p, variable.path) for p in exclude)
         result[variable.path] = None if hits else _axes(owner[variable.path], variable, vector_units)
     if unused:
         raise ValueError(
@@ -119,7 +124,13 @@ def unit_axes(model: keras.Model, exclude: Iterable[str] = (), vector_units: str
     return result
 
 
-def _matches(pattern: str, path: str) -> bool:
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression matches the end of a variable's path, from a name's start on.
+
+    Example:
+        >>> matches("gain", "stem_conv1/gain"), matches("gain", "again"), matches("stem.*/gain", "stem_conv1/gain")
+        (True, False, True)
+    """
     return re.search(rf"(?:^|/)(?:{pattern})$", path) is not None
 
 

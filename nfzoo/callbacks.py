@@ -1,16 +1,24 @@
 """Keras callbacks of a run: show progress, stop at a loss that is not finite, keep checkpoints that survive a kill."""
 
+import contextlib
 import csv
 import json
 import math
 import pathlib
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import keras
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nfzoo.backend import sync
 from nfzoo.files import atomic, sha256, to_json
+from nfzoo.optimizers import innermost
 
 
 class ShowProgress(keras.callbacks.Callback):
@@ -89,35 +97,137 @@ class StopOnNaN(keras.callbacks.Callback):
         self.model.stop_training = True
 
 
-class Checkpoints(keras.callbacks.Callback):
-    """Keep the last two epochs of a run as pairs: model-N.keras (weights, optimizer, AGC) and model-N.json beside it.
+class AverageWeights(keras.callbacks.Callback):
+    """Validate with the moving average of the weights, where the optimizer keeps one, and train on with the weights.
 
-    The description carries the model's sha256, the history up to that epoch and the random states of its layers, which
-    a saved Keras model leaves out. It is written last: a pair that is incomplete or does not verify is passed over by
-    `latest`.
+    `keras.callbacks.SwapEMAWeights` exchanges them by adding and subtracting, which rounds both.
     """
 
-    def __init__(self, folder: pathlib.Path, history: list[dict], guard: StopOnNaN):
+    def __init__(self):
         super().__init__()
-        self.folder, self.history, self.guard = folder, history, guard
+        self._weights: list[np.ndarray] | None = None
+
+    def on_train_begin(self, logs=None) -> None:
+        self._optimizer = innermost(self.model.optimizer)
+
+    def on_test_begin(self, logs=None) -> None:
+        if self._optimizer.use_ema:
+            self._keep()
+            _assign(self._optimizer._trainable_variables, self._optimizer._model_variables_moving_average)
+
+    def on_test_end(self, logs=None) -> None:
+        self.put_back()
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        if self._optimizer.use_ema:  # when `fit` ends, Keras puts the average in place of the weights
+            self._keep()
+
+    def _keep(self) -> None:
+        self._weights = [np.array(keras.ops.convert_to_numpy(v)) for v in self._optimizer._trainable_variables]
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is an average beside the weights."""
+        return self._weights is not None
+
+    def put_back(self) -> None:
+        """Give the model the weights that it trains with."""
+        if self._weights is not None:
+            _assign(self._optimizer._trainable_variables, self._weights)
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[None]:
+        """The weights for a while, after Keras has put the average in their place."""
+        self.put_back()
+        try:
+            yield
+        finally:
+            _assign(self._optimizer._trainable_variables, self._optimizer._model_variables_moving_average)
+
+
+def _assign(variables, values) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(keras.ops.convert_to_numpy(value))
+
+
+class Terminated(SystemExit):
+    """SIGTERM came: the run is saved and the process ends with the status that a shell expects, 143."""
+
+    def __init__(self, where: str):
+        super().__init__(128 + signal.SIGTERM)
+        self.where = where
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Keep the last two checkpoints of a run as pairs: model-N.keras (weights, optimizer, AGC) and model-N.json.
+
+    There is one after each epoch N; on SIGTERM there is one within an epoch, model-N-STEP. The description carries the
+    model's sha256, the history up to there and what a saved Keras model leaves out: the random states of its layers,
+    the metrics' counters. It is written last: a pair that is incomplete or does not verify is passed over by `latest`.
+
+    Args:
+        folder: of the checkpoints; None to write none.
+        state: history of the epochs that are done, which grows; step, counters and seconds of the one that goes on.
+        guard: tells that the loss is not finite any more; then nothing is written.
+    """
+
+    def __init__(self, folder: pathlib.Path | None, state: Any, guard: StopOnNaN):
+        super().__init__()
+        self.folder, self.history, self.guard = folder, state.history, guard
+        self.step, self.counters, self.seconds = state.step, state.counters, state.seconds
+        self.terminated = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """While this lasts, SIGTERM ends the run after the step at hand. Only a main thread can listen."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
-        self.began = time.perf_counter()
+        self.epoch, self.began = epoch, time.perf_counter() - self.seconds
+        if self.step:  # Keras has set the counters to zero for the rest of an epoch
+            for variable, value in zip(self.model.metrics_variables, self.counters, strict=True):
+                variable.assign(value.astype(variable.dtype))
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        if self.terminated and not self.guard.diverged and batch + 1 < self.params["steps"]:
+            sync(self.model)
+            step = self.step + batch + 1
+            counters = [keras.ops.convert_to_numpy(v).tolist() for v in self.model.metrics_variables]
+            self._save(f"{self.epoch}-{step}", self.epoch, step=step, counters=counters, seconds=self._seconds())
+            raise Terminated(f"step {step} of epoch {self.epoch + 1}")
 
     def on_epoch_end(self, epoch, logs=None) -> None:
         if self.guard.diverged:
             return
-        seconds = round(time.perf_counter() - self.began, 3)
-        self.history.append({"epoch": epoch + 1, **{k: float(v) for k, v in logs.items()}, "seconds": seconds})
-        path = self.folder / f"model-{epoch + 1}.keras"
+        self.history.append({"epoch": epoch + 1, **{k: float(v) for k, v in logs.items()}, "seconds": self._seconds()})
+        self.step, self.seconds = 0, 0.0
+        self._save(str(epoch + 1), epoch + 1)
+        if self.terminated:
+            raise Terminated(f"epoch {epoch + 1}")
+
+    def _seconds(self) -> float:
+        return round(time.perf_counter() - self.began, 3)
+
+    def _save(self, name: str, epoch: int, **rest) -> None:
+        if self.folder is None:
+            return
+        path = self.folder / f"model-{name}.keras"
         with atomic(path) as partial:
             self.model.save(partial)
             digest = sha256(partial)
         random = [keras.ops.convert_to_numpy(v).tolist() for v in random_states(self.model)]
-        description = {"epoch": epoch + 1, "sha256": digest, "history": self.history, "random": random}
+        description = {"epoch": epoch, "sha256": digest, "history": self.history, "random": random, **rest}
         with atomic(path.with_suffix(".json")) as partial:
             partial.write_text(to_json(description))
-        write_history(self.folder.parent / "history.csv", self.history)
+        if self.history:
+            write_history(self.folder.parent / "history.csv", self.history)
         for old in pairs(self.folder)[2:]:
             old.with_suffix(".json").unlink(missing_ok=True)
             old.unlink(missing_ok=True)
@@ -130,9 +240,10 @@ def random_states(model: keras.Model) -> list[keras.Variable]:
 
 
 def pairs(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Checkpoints of a folder, newest first."""
-    found = [p for p in folder.glob("model-*.keras") if p.stem.split("-")[1].isdigit()]
-    return sorted(found, key=lambda p: -int(p.stem.split("-")[1]))
+    """Checkpoints of a folder, newest first, by their names: a clock may go backwards."""
+    found = {p: p.stem.split("-")[1:] for p in folder.glob("model-*.keras")}
+    numbered = {p: tuple(map(int, parts)) for p, parts in found.items() if all(part.isdigit() for part in parts)}
+    return sorted(numbered, key=numbered.get, reverse=True)
 
 
 def latest(folder: pathlib.Path, warn) -> tuple[pathlib.Path, dict] | None:

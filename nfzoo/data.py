@@ -12,8 +12,9 @@ import keras
 import numpy as np
 
 from nfzoo import sources
+from nfzoo.augment import augment as augmented
 from nfzoo.files import atomic
-from nfzoo.recipes import Augment, Data
+from nfzoo.recipes import Augment, Data, Recipe
 from nfzoo.sources import Split
 
 # Channel constants of x / 255 that the literature uses; any other set's are computed from its training images.
@@ -102,7 +103,7 @@ def save(data: Data, path: str | pathlib.Path) -> pathlib.Path:
 
 
 class Batches(keras.utils.PyDataset):
-    """Standardized batches of a split: (images (b, height, width, 3) float32, labels (b,) int32).
+    """Standardized batches of a split: images (b, height, width, 3) float32, labels (b,) int32 or (b, classes) float32.
 
     Args:
         split: what to read.
@@ -110,8 +111,14 @@ class Batches(keras.utils.PyDataset):
         mean, std: per channel, of x / 255.
         seed: with the epoch and the step it decides order and augmentation.
         shuffle: new order every epoch.
-        augment: random crop and flip; None for neither.
+        augment: see `nfzoo.augment`; None for none.
         epoch: the epoch of the batches. In `fit`, pass an `EpochClock` to set it, and shuffle=False.
+        classes: give labels as one-hot vectors of so many; mixing needs it.
+        shard: (i, n) for process i of n: images i, i + n, … of every batch. Each process makes the whole batch, so that
+            together they see what one alone would; only a last batch that n does not divide loses its end.
+
+    Raises:
+        ValueError: for mixing without classes, or a batch that does not divide among the processes.
 
     Example:
         >>> images = load(Data(name="fake"))
@@ -122,25 +129,39 @@ class Batches(keras.utils.PyDataset):
 
     def __init__(
         self, split: Split, batch_size: int, mean, std, *, seed: int = 0, shuffle: bool = False,
-        augment: Augment | None = None, epoch: int = 0,
+        augment: Augment | None = None, epoch: int = 0, classes: int | None = None, shard: tuple[int, int] = (0, 1),
     ):  # fmt: skip
         super().__init__()
+        if augment is not None and augment.mixes and classes is None:
+            raise ValueError("Expected classes for mixup and cutmix, whose labels are vectors. Received: None")
+        if not 0 <= shard[0] < shard[1] or batch_size % shard[1]:
+            raise ValueError(
+                "Expected shard=(i, n) with i < n, and a batch size that n divides. "
+                f"Received: {shard}, batch size {batch_size}"
+            )
         self.split, self.batch_size, self.seed, self.shuffle = split, batch_size, seed, shuffle
-        self.augment, self.epoch = augment, epoch
+        self.augment, self.epoch, self.classes, self.shard = augment, epoch, classes, shard
+        self.window: tuple[int, int | None] = (0, None)  # the steps of an epoch that are left to do
         # (x / 255 - mean) / std, as one multiplication and one addition
         self.scale = (1 / (255 * np.asarray(std))).astype(np.float32)
         self.offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
 
     def __len__(self) -> int:
-        return -(-len(self.split) // self.batch_size)
+        whole, rest = divmod(len(self.split), self.batch_size)
+        return len(range(whole + (rest >= self.shard[1]))[slice(*self.window)])
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        step += self.window[0]
         chosen = slice(step * self.batch_size, (step + 1) * self.batch_size)
         batch = self.split.take(_order(self.seed, self.epoch, len(self.split))[chosen] if self.shuffle else chosen)
-        images = batch.images
+        images, labels = batch.images, batch.labels
+        if self.classes is not None:
+            labels = np.eye(self.classes, dtype=np.float32)[labels]
         if self.augment is not None:
-            images = transform(images, self.augment, np.random.default_rng([self.seed, self.epoch, step, 2]))
-        return images * self.scale + self.offset, batch.labels
+            images, labels = augmented(images, labels, self.augment, (self.seed, self.epoch, step))
+        process, processes = self.shard
+        mine = slice(process, len(labels) // processes * processes, processes)
+        return images[mine] * self.scale + self.offset, labels[mine]
 
     def on_epoch_end(self) -> None:
         self.epoch += 1
@@ -165,22 +186,16 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, 3]).permutation(n)
 
 
-def transform(images: np.ndarray, augment: Augment, rng: np.random.Generator) -> np.ndarray:
-    """Random crop of the zero-padded images, then random horizontal flip, each image by its own draw."""
-    n, height, width, _ = images.shape
-    pad = augment.crop_padding
-    top, left = rng.integers(0, 2 * pad + 1, (2, n))
-    flip = rng.random(n) < 0.5 if augment.flip else np.zeros(n, bool)
-    columns = np.arange(width)
-    columns = np.where(flip[:, None], columns[::-1], columns) + left[:, None]
-    rows = np.arange(height) + top[:, None]
-    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+def pipeline(images: Images, recipe: Recipe, shard: tuple[int, int] = (0, 1)) -> dict[str, Batches]:
+    """The three streams of a run: train (shuffled, augmented), validation, test; labels one-hot in all if in one.
 
-
-def pipeline(images: Images, recipe) -> dict[str, Batches]:
-    """The three streams of a run: train (shuffled, augmented), validation, test."""
+    Args:
+        images: a data set.
+        recipe: its batch size, seed and augmentation.
+        shard: see `Batches`.
+    """
     common = {"batch_size": recipe.batch_size, "mean": images.mean, "std": images.std, "seed": recipe.seed}
+    common |= {"classes": len(images.classes) if recipe.one_hot else None, "shard": shard}
     on_validation = recipe.augment if recipe.augment.on_validation else None
     return {
         "train": Batches(images.train, shuffle=True, augment=recipe.augment, **common),

@@ -1,99 +1,29 @@
-"""Recipes: everything that decides a training run, as validated data. No Keras here.
+"""Recipes: everything that decides a training run, as rows of validated data. No Keras here.
 
-A recipe is a frozen tree of numbers and short strings; `override` changes leaves by dotted paths, `fingerprint` names
-what was run. `RECIPES` holds the rows.
+A recipe is a tree of `nfzoo.settings`; `override` changes leaves by dotted paths, `fingerprint` names what was run.
+`RECIPES` holds the rows; docs/recipes.md shows them side by side.
 """
 
 import difflib
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationError
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Data(_Frozen):
-    """Where images come from: `name` is "digits", "fake", a tfds name, a folder of images by class, or an .npz file."""
-
-    name: str = "digits"
-    data_dir: str | None = None
-    validation_fraction: float = Field(0.2, ge=0, lt=1)
-    image_size: int | None = Field(None, gt=0)
-    limit: int | None = Field(None, gt=0)
-
-
-class Augment(_Frozen):
-    """Random crop of a zero-padded image, random horizontal flip; `on_validation` augments the validation split too."""
-
-    crop_padding: int = Field(0, ge=0)
-    flip: bool = False
-    on_validation: bool = False
-
-
-class Optimizer(_Frozen):
-    """Constant learning rate; the fields of another optimizer than `name` are not used."""
-
-    name: Literal["adam", "sgd"] = "adam"
-    learning_rate: float = Field(1e-3, gt=0)
-    beta_1: float = Field(0.9, ge=0, lt=1)
-    beta_2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-7, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = True
-
-
-class Clip(_Frozen):
-    """Adaptive gradient clipping; the fields of `nfzoo.AGC`."""
-
-    clip_factor: float = Field(0.01, gt=0)
-    eps: float = Field(1e-3, gt=0)
-    exclude: tuple[str, ...] = ("head/kernel",)
-    vector_units: Literal["tensor", "element"] = "tensor"
-
-
-class Recipe(_Frozen):
-    """One way to train.
-
-    Attributes:
-        build: overrides of `nfzoo.build` by pattern of the model's name; all that match apply, in order.
-        seed: decides initialisation, splits, order, augmentation and dropout.
-        seeds: the seeds that a scan repeats each setting with.
-        frozen_epochs: epochs at the start that train a new classifier alone, on the weights of `build`; then all layers
-            learn, with a fresh optimizer. frozen_learning_rate: of the first part; None for the optimizer's.
-    """
-
-    data: Data = Data()
-    augment: Augment = Augment()
-    optimizer: Optimizer = Optimizer()
-    agc: Clip | None = None
-    batch_size: int = Field(128, gt=0)
-    epochs: int = Field(10, gt=0)
-    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
-    build: dict[str, dict[str, Any]] = {}
-    seed: int = Field(0, ge=0)
-    seeds: tuple[int, ...] = (0,)
-    frozen_epochs: int = Field(0, ge=0)
-    frozen_learning_rate: float | None = Field(None, gt=0)
-
-    @field_validator("frozen_epochs")
-    @classmethod
-    def _within_the_run(cls, value: int, info: ValidationInfo) -> int:
-        if value > (epochs := info.data.get("epochs", value)):
-            raise ValueError(f"Expected at most epochs={epochs}")
-        return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _agc_by_factor(cls, values: Any) -> Any:
-        # `agc=0.02` and `agc=none` read better on a command line than a table.
-        if isinstance(values, dict) and isinstance(values.get("agc"), int | float):
-            values = {**values, "agc": {"clip_factor": values["agc"]}}
-        return values
-
+from nfzoo.settings import (
+    NO_DECAY,
+    Augment,
+    Clip,
+    Data,
+    Ema,
+    Group,
+    Optimizer,
+    RandAugment,
+    Recipe,
+    Schedule,
+    suggest,
+)
 
 # The poster's networks pad and normalise as PyTorch does, and its baselines start from a fan-out that is not divided by
 # the groups (nfzoo.numerics.init_std).
@@ -102,6 +32,28 @@ _POSTER_BUILD = {
     "bn_*": {"epsilon": 1e-5, "momentum": 0.9, "init": "poster"},
     "none_*": {"init": "poster"},
 }
+
+
+def _sgd(**settings) -> Optimizer:
+    """Momentum 0.9, as all the papers here."""
+    return Optimizer(name="momentum_sgd", **settings)
+
+
+def _with(recipe: Recipe, **optimizer) -> Recipe:
+    return recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update=optimizer)})
+
+
+# EUNNet's paper, section V-A1, CIFAR-10: 200 epochs, a tenth of the learning rate from 100 and from 150 on, all 50,000
+# images, weight decay for all variables, 5 runs. Its "vertical flipping" is read as the usual horizontal one.
+_EUNNET = Recipe(
+    data=Data(name="cifar10", validation_fraction=0),
+    augment=Augment(crop_padding=4, flip=True),
+    optimizer=_sgd(learning_rate=0.1, nesterov=False, weight_decay=5e-4),
+    schedule=Schedule(name="step", milestones=(100, 150), factor=0.1),
+    batch_size=128,
+    epochs=200,
+    seeds=(0, 1, 2, 3, 4),
+)
 
 RECIPES: dict[str, Recipe] = {
     # Poster "Designing Normalizer-Free EfficientNets", Table 1: constant learning rate, no weight decay, the validation
@@ -138,6 +90,67 @@ RECIPES: dict[str, Recipe] = {
         frozen_epochs=2,
         frozen_learning_rate=1e-3,
     ),
+    # NFNet (arXiv 2102.06171), appendix A, for F0; dropout comes with the model. Of the larger ones, F1 and F2 have
+    # RandAugment's magnitude 10, the others 15, and sizes of their own. Here crops are of zero-padded images, not boxes
+    # of 8 to 100 % of the area: images are in memory at one size; which is also why all of ImageNet does not fit.
+    "nfnet": Recipe(
+        data=Data(name="imagenet2012", image_size=192, validation_fraction=0),
+        augment=Augment(
+            crop_padding=24, flip=True, mixup=0.2, cutmix=1.0, rand_augment=RandAugment(layers=4, magnitude=5)
+        ),
+        optimizer=_sgd(learning_rate=0.1, per_256=True, weight_decay=2e-5, groups=(NO_DECAY,)),
+        schedule=Schedule(name="cosine", warmup_epochs=5),
+        agc=Clip(clip_factor=0.01),
+        ema=Ema(momentum=0.99999),
+        label_smoothing=0.1,
+        batch_size=4096,
+        epochs=360,
+        precision="mixed_bfloat16",
+        build={"*": {"drop_path_rate": 0.25}},
+    ),
+    # NF-ResNet (arXiv 2101.08692), from DeepMind's base configuration of ResNets; none of the paper's own is public.
+    # The crops as above.
+    "nf_resnet": Recipe(
+        data=Data(name="imagenet2012", image_size=224, validation_fraction=0),
+        augment=Augment(crop_padding=28, flip=True),
+        optimizer=_sgd(learning_rate=0.1, per_256=True, weight_decay=1e-4, groups=(NO_DECAY,)),
+        schedule=Schedule(name="cosine", warmup_epochs=5),
+        label_smoothing=0.1,
+        batch_size=1024,
+        epochs=90,
+    ),
+    # NF-RegNet, DeepMind's experiment_nf_regnets.py, for B0: B1 to B5 have weight decay 6e-5, 7e-5, 8e-5, 9e-5, 1e-4,
+    # and sizes of their own. The crops as above.
+    "nf_regnet": Recipe(
+        data=Data(name="imagenet2012", image_size=192, validation_fraction=0),
+        augment=Augment(crop_padding=24, flip=True, mixup=0.2, cutmix=1.0),
+        optimizer=_sgd(learning_rate=0.4, weight_decay=5e-5, groups=(NO_DECAY,)),
+        schedule=Schedule(name="cosine", warmup_epochs=5, final=1e-3),
+        ema=Ema(momentum=0.99999),
+        label_smoothing=0.1,
+        batch_size=1024,
+        epochs=360,
+        build={"*": {"drop_path_rate": 0.1}},
+    ),
+    "eunnet_cifar": _EUNNET,
+    # The same protocol, with a tenth of the learning rate for Fixup's scalars and, as in its authors' script, the
+    # classifier's bias; weight decay is for all.
+    "fixup_cifar": _with(_EUNNET, groups=(Group(pattern="gain|bias", learning_rate=0.1),)),
+    # The same protocol, without weight decay of biases and scales.
+    "rescale": _with(_EUNNET, groups=(NO_DECAY,)),
+    # The same protocol, but the learning rate is halved every 5 epochs from mid-training on: from epoch 100, we read.
+    "skipinit": _EUNNET.model_copy(update={"schedule": Schedule(name="halving", start=100, every=5)}),
+    # Ours, from no paper: batches of 4 to 16 images, which BN suffers from. The learning rate shrinks with the batch,
+    # AGC's factor is the largest of its grid.
+    "small_batch": Recipe(
+        data=Data(name="cifar100"),
+        augment=Augment(crop_padding=4, flip=True),
+        optimizer=_sgd(learning_rate=0.1, per_256=True, weight_decay=5e-4, groups=(NO_DECAY,)),
+        schedule=Schedule(name="cosine", warmup_epochs=1),
+        agc=Clip(clip_factor=suggest(8)),
+        batch_size=8,
+        epochs=20,
+    ),
 }
 
 
@@ -171,7 +184,7 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
             _known(path, parent, node)
             node[parent] = dict(node[parent]) if node[parent] is not None else {}
             node = node[parent]
-        if parents[:1] not in (["build"], ["agc"]):
+        if node and parents[:1] != ["build"]:  # else anything goes, or it is checked below
             _known(path, leaf, node)
         node[leaf] = parse_value(value)
     try:
@@ -187,6 +200,57 @@ def _known(path: str, key: str, node: Any) -> None:
         close = difflib.get_close_matches(key, there, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"Expected a setting. Received: {path!r}; {key!r} is not one of {', '.join(there)}.{hint}")
+
+
+def describe(recipe: Recipe) -> dict[str, str]:
+    """Say in short texts what a recipe does, for tables: data, optimizer, schedule, augmentation, AGC, average.
+
+    Example:
+        >>> describe(get("skipinit"))["schedule"]
+        'halved every 5 epochs after 100'
+    """
+    optimizer, schedule, a = recipe.optimizer, recipe.schedule, recipe.augment
+    schedules = {
+        "constant": "constant",
+        "step": f"×{schedule.factor:g} at {', '.join(f'{epoch:g}' for epoch in schedule.milestones)}",
+        "halving": f"halved every {schedule.every:g} epochs after {schedule.start:g}",
+        "cosine": f"cosine to {schedule.final:g}",
+    }
+    rand = a.rand_augment
+    return {
+        "data": f"{recipe.data.name}, {recipe.epochs} epochs of {recipe.batch_size}",
+        "optimizer": _listed(
+            f"{optimizer.name} {optimizer.learning_rate:g}" + " per 256" * optimizer.per_256,
+            _said("decay", optimizer.weight_decay),
+            *map(_group, optimizer.groups),
+        ),
+        "schedule": _listed(schedules[schedule.name], _said("warm-up", schedule.warmup_epochs)),
+        "augmentation": _listed(
+            _said("crop", a.crop_padding),
+            a.flip and "flip",
+            _said("mixup", a.mixup),
+            _said("cutmix", a.cutmix),
+            rand and f"RandAugment {rand.layers} of {rand.magnitude:g}",
+            _said("erasing", a.random_erasing),
+            _said("smoothing", recipe.label_smoothing),
+        ),
+        "AGC": f"{recipe.agc.clip_factor:g}" if recipe.agc else "–",
+        "average": f"{recipe.ema.momentum:g}" if recipe.ema else "–",
+    }
+
+
+def _listed(*parts: Any) -> str:
+    return ", ".join(part for part in parts if part) or "–"
+
+
+def _said(name: str, amount: float) -> str:
+    return f"{name} {amount:g}" if amount else ""
+
+
+def _group(group: Group) -> str:
+    factors = {"rate": group.learning_rate, "decay": group.weight_decay}
+    changes = " and ".join(f"{name} ×{factor:g}" for name, factor in factors.items() if factor != 1)
+    return f"{changes} for {group.pattern.replace('|', '/')}"
 
 
 def parse_value(value: Any) -> Any:

@@ -99,7 +99,8 @@ def _npz(path: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[str,
         raise FileNotFoundError(f"Expected a file. Received: {path}. Write it with: nfzoo data NAME --to {path}")
     wanted = ("train_images", "train_labels", "test_images", "test_labels", "classes")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because NumPy leaves a file open that turns out to be cut.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import keras
@@ -9,6 +10,7 @@ import keras
 from nfzoo import agc as clipping
 from nfzoo import layers
 from nfzoo.backend import Step
+from nfzoo.optimizers import clipped_updates
 
 # Keras walks the graph of a model recursively, one frame per layer: the CIFAR ResNet of 1202 layers is deeper than
 # Python's default of 1000 allows, when it is built and when it is loaded.
@@ -19,8 +21,8 @@ sys.setrecursionlimit(max(sys.getrecursionlimit(), 20_000))
 class NFModel(Step, keras.Model):
     """A functional `keras.Model`; `compile(agc=AGC(...))` adds adaptive gradient clipping to `fit`.
 
-    Everything else is Keras': saving, cloning, export, `trainable`, mixed precision. Under mixed float16 the clipping
-    threshold is multiplied by the loss scale; under a TensorFlow strategy gradients are summed over replicas first.
+    Everything else is Keras': saving, cloning, export, `trainable`, mixed precision. What is clipped is the gradient
+    that updates: without the loss scale, summed over replicas, accumulated.
 
     Example:
         >>> import nfzoo
@@ -37,17 +39,11 @@ class NFModel(Step, keras.Model):
         """Configure training as `keras.Model.compile`, with `agc` for adaptive gradient clipping (None: off).
 
         Raises:
-            ValueError: if AGC does not know the units of a variable, if an exclude pattern matches nothing, or if the
-                optimizer accumulates gradients.
+            ValueError: if AGC does not know the units of a variable, or if an exclude pattern matches nothing.
         """
         if agc is not None and not isinstance(agc, clipping.AGC):
             raise TypeError(f"Expected agc to be an nfzoo.AGC or None. Received: agc={agc!r}")
         super().compile(*args, **kwargs)
-        if agc is not None and getattr(self.optimizer, "gradient_accumulation_steps", None):
-            raise ValueError(
-                "AGC would clip each micro-batch instead of the accumulated gradient. Received an optimizer with "
-                f"gradient_accumulation_steps={self.optimizer.gradient_accumulation_steps}; leave it out, or the AGC."
-            )
         self.agc = agc
         self._agc_units = None if agc is None else agc.units(self)
 
@@ -59,6 +55,13 @@ class NFModel(Step, keras.Model):
                 f"Expected the variables the model was compiled with. Received also: {missing}; compile again"
             )
         return [self._agc_units[v.path] for v in self.trainable_variables]
+
+    def clipping(self) -> contextlib.AbstractContextManager:
+        """While this lasts, updates of the optimizer clip their gradients, if the model was compiled so."""
+        if self.agc is None:
+            return contextlib.nullcontext()
+        self.agc_axes()
+        return clipped_updates(self.optimizer, self.agc, self._agc_units)
 
     def summary(self, *args, print_fn=None, **kwargs) -> None:
         """Print as `keras.Model.summary`, and the rates of stochastic depth, for which its table has no column."""

@@ -92,31 +92,69 @@ def test_fit_sees_the_epochs_in_order(digits):
     np.testing.assert_allclose(seen, expected, rtol=1e-4)
 
 
-def test_transform_equals_a_loop():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 255, (16, 6, 8, 3)).astype(np.uint8)
-    got = data.transform(images, Augment(crop_padding=2, flip=True), np.random.default_rng(5))
-    draws = np.random.default_rng(5)
-    top, left = draws.integers(0, 5, (2, 16))
-    flip = draws.random(16) < 0.5
-    assert 0 < flip.sum() < 16
-    for i, image in enumerate(images):
-        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
-        crop = padded[top[i] : top[i] + 6, left[i] : left[i] + 8]
-        np.testing.assert_array_equal(got[i], crop[:, ::-1] if flip[i] else crop)
-
-
-def test_no_augmentation_is_the_identity():
-    images = np.random.default_rng(0).integers(0, 255, (4, 5, 5, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(data.transform(images, Augment(), np.random.default_rng(0)), images)
-
-
 def test_pipeline_augments_validation_only_where_the_recipe_says_so(digits):
     for on_validation in (True, False):
         recipe = recipes.Recipe(augment=Augment(crop_padding=4, flip=True, on_validation=on_validation))
         streams = data.pipeline(digits, recipe)
         assert (streams["validation"].augment is not None) == on_validation
         assert streams["train"].augment is not None and streams["test"].augment is None
+
+
+@pytest.mark.parametrize("augment", [None, Augment(crop_padding=2, flip=True, mixup=0.5, cutmix=1.0)])
+def test_shards_together_are_the_whole_batch(digits, augment):
+    """Process i of n has images i, i + n, …; the whole batches are those of one process, mixed labels and all."""
+    split = digits.train.take(slice(0, 27))  # batches of 8, 8, 8 and 3
+
+    def make(**options):
+        common = {"seed": 1, "shuffle": True, "augment": augment, "classes": 10}
+        return data.Batches(split, 8, digits.mean, digits.std, **common, **options)
+
+    alone = make()
+    for n, last in ((2, 2), (4, 0)):
+        parts = [make(shard=(i, n)) for i in range(n)]
+        assert [len(part) for part in parts] == [3 + bool(last)] * n
+        for step in range(len(parts[0])):
+            x, y = alone[step]
+            cut = 8 if step < 3 else last
+            for i, part in enumerate(parts):
+                np.testing.assert_array_equal(part[step][0], x[:cut][i::n])
+                np.testing.assert_array_equal(part[step][1], y[:cut][i::n])
+
+
+def test_batches_that_cannot_be_divided(digits):
+    for shard in ((2, 2), (-1, 2), (0, 3)):
+        with pytest.raises(ValueError, match=r"that n divides\. Received: .*batch size 8"):
+            data.Batches(digits.train, 8, digits.mean, digits.std, shard=shard)
+
+
+def test_labels_are_one_hot_in_all_streams_where_the_recipe_mixes_or_smooths(digits):
+    plain = data.pipeline(digits, recipes.Recipe(batch_size=16))
+    for changes in ({"augment.mixup": 0.2}, {"augment.cutmix": 1.0}, {"label_smoothing": 0.1}):
+        recipe = recipes.override(recipes.Recipe(batch_size=16), changes)
+        streams = data.pipeline(digits, recipe, shard=(1, 2))
+        for name in ("train", "validation", "test"):
+            labels = streams[name][0][1]
+            assert labels.shape == (8, 10) and labels.dtype == np.float32
+            np.testing.assert_allclose(labels.sum(1), 1, rtol=1e-6)
+            if name != "train":
+                np.testing.assert_array_equal(labels.argmax(1), plain[name][0][1][1::2])
+    assert plain["train"][0][1].dtype == np.int32
+
+
+def test_mixing_needs_vectors(digits):
+    with pytest.raises(ValueError, match="classes for mixup and cutmix"):
+        data.Batches(digits.train, 8, digits.mean, digits.std, augment=Augment(mixup=0.2))
+
+
+def test_a_run_sees_what_it_saw_before(digits):
+    """Batches of the poster's augmentation, as the committed results were trained on."""
+    batches = data.Batches(
+        digits.train, 64, (0, 0, 0), (1 / 255,) * 3, seed=7, shuffle=True, augment=Augment(crop_padding=4, flip=True),
+        epoch=3,
+    )  # fmt: skip
+    images, labels = batches[2]
+    weights = np.arange(images[0].size).reshape(images[0].shape) % 97
+    assert [int(labels.sum()), round(float((images * weights).sum()))] == [268, 530663478]
 
 
 def test_arrays_round_trip(tmp_path, digits):
@@ -185,6 +223,31 @@ def test_an_unreadable_image_is_named(tmp_path):
     (tmp_path / "ants" / "broken.png").write_bytes(b"\x89PNG not really")
     with pytest.raises(OSError, match="broken.png"):
         data.load(Data(name=str(tmp_path), image_size=8))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_an_image_that_was_cut_is_named(tmp_path, suffix):
+    (tmp_path / "ants").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    for name in ("whole", "cut"):
+        Image.fromarray(noise).save(tmp_path / "ants" / f"{name}.{suffix}")
+    path = tmp_path / "ants" / f"cut.{suffix}"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match=rf"Expected an image.*cut\.{suffix}.*truncated"):
+        data.load(Data(name=str(tmp_path), image_size=8))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_an_array_file_that_was_cut_or_changed_is_named(tmp_path, damage):
+    path = data.save(Data(name="fake", image_size=8), tmp_path / "fake.npz")
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"plain arrays\. Received: .*fake\.npz, which fails with"):
+        data.load(Data(name=str(path)))
 
 
 def test_an_empty_folder(tmp_path):

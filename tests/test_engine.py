@@ -14,6 +14,7 @@ from rich.console import Console
 
 import nfzoo
 from nfzoo import callbacks, data, engine, recipes, spp
+from nfzoo.engine import folder
 
 MODEL = "sn_test_ffnn"
 BUILD = {"dropout_rate": 0.3}
@@ -76,7 +77,7 @@ def test_it_learns(whole):
 
 
 def test_the_same_command_again_returns_the_result(whole, console, monkeypatch):
-    monkeypatch.setattr(engine.data, "load", lambda *a: pytest.fail("it trained again"))
+    monkeypatch.setattr(data, "load", lambda *a: pytest.fail("it trained again"))
     again = engine.run(MODEL, _recipe(), whole[0], overrides=BUILD, console=console)
     assert again == whole[1] and "nothing to do" in console.export_text()
 
@@ -290,9 +291,9 @@ def test_the_commit_recorded_is_that_of_nfzoos_own_checkout(tmp_path, monkeypatc
     for site in (tmp_path / "lib" / "site-packages", tmp_path):
         monkeypatch.setattr(nfzoo, "__file__", str(site / "nfzoo" / "__init__.py"))
         (site / "nfzoo").mkdir(parents=True)
-        assert engine._commit() is None
+        assert folder._commit() is None
     (tmp_path / "setup.py").touch()
-    assert head.startswith(engine._commit().removesuffix("-dirty"))
+    assert head.startswith(folder._commit().removesuffix("-dirty"))
 
 
 def test_progress_is_plain_lines_without_a_terminal(tmp_path, console):

@@ -193,11 +193,11 @@ def test_the_picture_shows_the_suggestions(tmp_path):
 def test_it_starts_as_a_run_would(tmp_path, monkeypatch):
     """Same weights, same batches, same optimizer as of `engine.run`."""
     recipe, started = recipes.override(RECIPE, {"seed": 7}), []
-    monkeypatch.setattr(engine, "_fit", lambda *arguments: started.append(arguments))
-    monkeypatch.setattr(engine, "_metrics", lambda *_: {"status": "diverged"})
+    monkeypatch.setattr(engine.training, "train", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(engine.training, "_metrics", lambda *_: {"status": "diverged"})
     engine.run("sn_test_ffnn", recipe, tmp_path, taps=None, console=Console(quiet=True))
-    twin, streams, *_ = started[0]
+    twin, streams = started[0][0].net, started[0][1]
     net, batches = tune.prepare("sn_test_ffnn", recipe)
     assert np.array_equal(batches[0][0], streams["train"][0][0]) and batches.shuffle
-    assert type(net.optimizer) is keras.optimizers.Adam and net.agc.clip_factor == RECIPE.agc.clip_factor
+    assert type(net.optimizer) is type(twin.optimizer) and net.agc.clip_factor == RECIPE.agc.clip_factor
     assert all(np.array_equal(a, b) for a, b in zip(net.get_weights(), twin.get_weights(), strict=True))

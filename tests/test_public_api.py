@@ -8,6 +8,7 @@ import nfzoo
 from nfzoo import (
     agc,
     alarms,
+    augment,
     callbacks,
     cli,
     data,
@@ -16,10 +17,13 @@ from nfzoo import (
     export,
     layers,
     numerics,
+    optimizers,
     plots,
     recipes,
     registry,
     report,
+    schedules,
+    settings,
     spp,
     theory,
     trainer,
@@ -31,9 +35,9 @@ from nfzoo.models import sites
 from nfzoo.tune import lr_range, plan, progress, results, search, space, trials, workers
 
 MODULES = [
-    agc, alarms, callbacks, cli, data, doctor, engine, export, layers, numerics, plots, recipes, registry, report,
-    sites, spp, theory, trainer, tune, lr_range, plan, progress, results, search, space, trials, workers, variants,
-    weights,
+    agc, alarms, augment, callbacks, cli, data, doctor, engine, export, layers, numerics, optimizers, plots,
+    recipes, registry, report, schedules, settings, sites, spp, theory, trainer, tune, lr_range, plan, progress,
+    results, search, space, trials, workers, variants, weights,
 ]  # fmt: skip
 
 
@@ -47,9 +51,9 @@ def test_all_is_sorted_and_resolves():
 
 def test_what_is_public():
     assert nfzoo.__all__ == [
-        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "build", "convert", "data", "doctor", "engine",
-        "export", "layers", "list_models", "model_info", "numerics", "plots", "recipes", "register_model", "report",
-        "set_head", "spp", "theory", "tune", "weights",
+        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "augment", "build", "convert", "data", "doctor",
+        "engine", "export", "layers", "list_models", "model_info", "numerics", "optimizers", "plots", "recipes",
+        "register_model", "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip
 
 

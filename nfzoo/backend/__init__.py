@@ -1,20 +1,46 @@
 """What differs between Keras backends: one training step with AGC, and the signals of one probe.
 
 Each module exports `Step` (a mixin for `keras.Model` with `train_step`), `conv(...)` (grouped too),
-`standardize_columns(...)`, `column_moments(...)`, `signals(...)`, `observe(...)` and `sync(model)`, which brings the
-variables of a model up to date in the middle of `fit`; the active one is chosen here, once.
+`standardize_columns(...)`, `column_moments(...)`, `signals(...)`, `observe(...)`, `sync(model)`, which brings the
+variables of a model up to date in the middle of `fit`, `deterministic(wanted)` and `data_parallel()`; the active one
+is chosen here, once.
 """
 
 import keras
 
 if keras.config.backend() == "tensorflow":
-    from nfzoo.backend.tensorflow import Step, column_moments, conv, observe, scope, signals, standardize_columns, sync
+    from nfzoo.backend.tensorflow import (
+        Step,
+        column_moments,
+        conv,
+        data_parallel,
+        deterministic,
+        observe,
+        scope,
+        signals,
+        standardize_columns,
+        sync,
+    )  # fmt: skip
 elif keras.config.backend() == "jax":
-    from nfzoo.backend.jax import Step, column_moments, conv, observe, scope, signals, standardize_columns, sync
+    from nfzoo.backend.jax import (
+        Step,
+        column_moments,
+        conv,
+        data_parallel,
+        deterministic,
+        observe,
+        scope,
+        signals,
+        standardize_columns,
+        sync,
+    )  # fmt: skip
 else:
     raise ImportError(
         f"nfzoo runs on the Keras backends tensorflow and jax. Received: {keras.config.backend()!r}. "
         "Set the environment variable KERAS_BACKEND to one of them before importing keras."
     )
 
-__all__ = ["Step", "column_moments", "conv", "observe", "scope", "signals", "standardize_columns", "sync"]
+__all__ = [
+    "Step", "column_moments", "conv", "data_parallel", "deterministic", "observe", "scope", "signals",
+    "standardize_columns", "sync",
+]  # fmt: skip

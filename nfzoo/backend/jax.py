@@ -6,7 +6,7 @@ import functools
 import jax
 import keras
 
-from nfzoo.backend.taps import TINY, check_step, loss_scale, loss_state, recording, training_mode, unscaled
+from nfzoo.backend.taps import TINY, check_step, clipping, loss_scale, loss_state, recording, training_mode, unscaled
 
 
 class Step:
@@ -36,10 +36,10 @@ def train_step(model: keras.Model, state, data, live=None, taps=None):
     raw, at_taps = gradients
     with keras.StatelessScope(state_mapping=list(zip(model.optimizer.variables, optimizer_variables, strict=True))):
         scale = model.optimizer.scale_loss(1.0)
-    before, gradients = trainable, raw
-    if agc is not None:
-        gradients, clipped = agc.clip(raw, trainable, model.agc_axes(), scale)
-    trainable, optimizer_variables = model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
+    before, log = trainable, agc is not None and agc.log_clipped
+    clipped = agc.clip(raw, trainable, model.agc_axes(), scale)[1] if log else None
+    with clipping(model):
+        trainable, optimizer_variables = model.optimizer.stateless_apply(optimizer_variables, raw, trainable)
     if live:
         paths = [v.path for v in model.trainable_variables]
         by_path = [dict(zip(paths, values, strict=True)) for values in (trainable, raw, before)]
@@ -48,7 +48,7 @@ def train_step(model: keras.Model, state, data, live=None, taps=None):
             live.update_state(*told)
         metrics_variables = [scope.get_current_value(v) for v in model.metrics_variables]
     logs, metrics_variables = model._update_metrics_variables(metrics_variables, loss, x, y, y_pred, sample_weight)
-    if agc is not None and agc.log_clipped:
+    if log:
         logs = {**logs, "agc_clipped": clipped}
     return logs, (trainable, non_trainable, optimizer_variables, metrics_variables)
 
@@ -75,6 +75,15 @@ def tapped(taps: dict[str, keras.Layer], zeros: dict):
 def _zeros_at(shapes: dict) -> dict:
     floating = {name: s for name, s in shapes.items() if jax.numpy.issubdtype(s.dtype, jax.numpy.floating)}
     return {name: jax.numpy.zeros(s.shape, s.dtype) for name, s in floating.items()}
+
+
+def deterministic(wanted: bool) -> None:
+    """XLA is, on a CPU; on a GPU if XLA_FLAGS=--xla_gpu_deterministic_ops=true was set before JAX started."""
+
+
+def data_parallel():
+    """Where a model is made for all devices to share its batches, those of other processes too."""
+    return keras.distribution.DataParallel(auto_shard_dataset=False).scope()
 
 
 def sync(model: keras.Model) -> None:

@@ -45,6 +45,11 @@ def training_mode(model: keras.Model) -> dict:
     return {"training": True} if "training" in known else {}
 
 
+def clipping(model: keras.Model) -> contextlib.AbstractContextManager:
+    """While this lasts, updates are clipped as the model was compiled; a Keras model's own are not."""
+    return model.clipping() if hasattr(model, "clipping") else contextlib.nullcontext()
+
+
 def loss_scale(model: keras.Model) -> float:
     """A factor for the loss that keeps small gradients above the least number of float16; they are divided by it."""
     half = any(layer.compute_dtype == "float16" for layer in model._flatten_layers(include_self=False))

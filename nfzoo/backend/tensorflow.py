@@ -5,7 +5,7 @@ import functools
 import keras
 import tensorflow as tf
 
-from nfzoo.backend.taps import TINY, check_step, loss_scale, loss_state, recording, training_mode, unscaled
+from nfzoo.backend.taps import TINY, check_step, clipping, loss_scale, loss_state, recording, training_mode, unscaled
 
 
 class Step:
@@ -33,17 +33,14 @@ def train_step(model: keras.Model, data, live=None, taps=None):
     gradients, at_taps = tape.gradient(scaled_loss, [variables, seen])
     scale = model.optimizer.scale_loss(tf.ones((), loss.dtype))
 
-    # Under a strategy each replica holds the gradient of its share of the loss. AGC bounds the whole: sum first,
-    # then clip, then divide, because the optimizer sums over the replicas once more.
+    # Under a strategy each replica holds the gradient of its share of the loss. The optimizer sums them for itself.
+    log = agc is not None and agc.log_clipped
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if replicas > 1:
-        gradients = _all_reduce(gradients)
-    clipped, raw, before = 0.0, gradients, [tf.identity(v.value) for v in variables] if live else None
-    if agc is not None:
-        gradients, clipped = agc.clip(gradients, [v.value for v in variables], model.agc_axes(), scale)
-    if replicas > 1:
-        gradients = [g if g is None else g / replicas for g in gradients]
-    model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    raw = _all_reduce(gradients) if replicas > 1 and (live or log) else gradients
+    clipped = agc.clip(raw, [v.value for v in variables], model.agc_axes(), scale)[1] if log else None
+    before = [tf.identity(v.value) for v in variables] if live else None
+    with clipping(model):
+        model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
     if live:
         paths, now = [v.path for v in variables], [v.value for v in variables]
         by_path = [dict(zip(paths, values, strict=True)) for values in (now, raw, before)]
@@ -52,7 +49,7 @@ def train_step(model: keras.Model, data, live=None, taps=None):
     size = tf.shape(tf.nest.flatten(x)[0])[0]
     model._loss_tracker.update_state(loss * replicas, sample_weight=size)
     logs = model.compute_metrics(x, y, y_pred, sample_weight)
-    return {**logs, "agc_clipped": clipped} if agc is not None and agc.log_clipped else logs
+    return {**logs, "agc_clipped": clipped} if log else logs
 
 
 def observe(model: keras.Model, live, taps: dict[str, keras.Layer]):
@@ -72,6 +69,17 @@ def _all_reduce(gradients: list) -> list:
     present = [g for g in gradients if g is not None]
     reduced = iter(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, present))
     return [g if g is None else next(reduced) for g in gradients]
+
+
+def deterministic(wanted: bool) -> None:
+    """Prefer operations that give the same result twice; TensorFlow knows no way back within a process."""
+    if wanted:
+        tf.config.experimental.enable_op_determinism()
+
+
+def data_parallel():
+    """Where a model is made for all devices of this machine to share its batches."""
+    return tf.distribute.MirroredStrategy().scope()
 
 
 def sync(model: keras.Model) -> None:

@@ -23,10 +23,10 @@ Source = Annotated[
 ]
 DataDir = Annotated[str | None, typer.Option(help="folder of tensorflow-datasets; default: TFDS_DATA_DIR")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="resize to squares of this many pixels")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="demo, finetune or poster, see nfzoo.recipes.RECIPES")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="how to train, see `nfzoo recipes`")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="PATH=VALUE of the recipe, e.g. agc=0.02, augment.flip=true; repeatable"),
+    typer.Option("--set", help="PATH=VALUE of the recipe, e.g. agc=0.02, schedule.name=cosine; repeatable"),
 ]
 Build = Annotated[
     list[str] | None,

@@ -195,5 +195,5 @@ def _patient(name: str, recipe, overrides: dict, steps: int) -> tuple:
         logits = getattr(net.layers[-1], "activation", None) is not keras.activations.softmax
         clip = {"agc": AGC(**recipe.agc.model_dump())} if recipe.agc and isinstance(net, NFModel) else {}
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=logits)
-        net.compile(engine.optimizer(recipe.optimizer), loss, **clip)
+        net.compile(engine.optimizer(recipe), loss, **clip)
     return net, x, y

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from nfzoo import data, engine, recipes
+from nfzoo.engine import learning
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,19 @@ class RangeTest:
 
 
 def prepare(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -> tuple[keras.Model, data.Batches]:
-    """A model of the zoo as a run would start with it, and its training batches; of schedules only the first rate."""
-    if hasattr(recipe, "schedule"):
-        recipe = recipes.override(recipe, {"schedule.name": "constant"})
-    keras.utils.set_random_seed(recipe.seed)
+    """A model of the zoo as a run would start with it, and its training batches; the learning rate is constant."""
+    recipe = recipe.model_copy(update={"schedule": recipes.Schedule()})
     images = data.load(recipe.data, recipe.seed)
-    net = engine._new_model(engine.options(model, recipe, overrides), images, recipe)
-    engine._compile(net, recipe, frozen=False)
-    return net, data.pipeline(images, recipe)["train"]
+    batches = data.pipeline(images, recipe)["train"]
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(recipe.precision)
+    try:
+        keras.utils.set_random_seed(recipe.seed)
+        net = learning.new_model(engine.options(model, recipe, overrides), images, recipe)
+        learning.prepare(net, recipe, len(batches))
+    finally:
+        keras.config.set_dtype_policy(before)
+    return net, batches
 
 
 def lr_find(

@@ -1,0 +1,59 @@
+"""One run on several devices, of one machine or of many: what its batches are shared by."""
+
+import contextlib
+from dataclasses import dataclass
+
+import keras
+
+from nfzoo import backend
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a run computes.
+
+    Attributes:
+        mirrored: on all devices of this machine, each with a part of every batch.
+        coordinator: HOST:PORT of process 0, for a run of several processes (JAX only), all devices of which take part.
+        processes, process_id: how many they are, and which this one is.
+    """
+
+    mirrored: bool = False
+    coordinator: str | None = None
+    processes: int = 1
+    process_id: int = 0
+
+    def __post_init__(self):
+        if self.processes > 1 and self.coordinator is None:
+            raise ValueError(
+                f"Expected coordinator HOST:PORT for several processes. Received: {self.processes} without"
+            )
+        if not 0 <= self.process_id < self.processes:
+            raise ValueError(f"Expected 0 <= process_id < {self.processes}. Received: {self.process_id}")
+        if self.coordinator is not None and keras.config.backend() != "jax":
+            raise ValueError(
+                "Expected the JAX backend for several processes: Keras' fit fails under TensorFlow's "
+                "MultiWorkerMirroredStrategy (keras-team/keras#20585). "
+                f"Received: {keras.config.backend()!r}; set KERAS_BACKEND=jax"
+            )
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run's folder and speaks."""
+        return self.process_id == 0
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which part of every batch this process reads: see `nfzoo.data.Batches`."""
+        return self.process_id, self.processes
+
+    @contextlib.contextmanager
+    def scope(self):
+        """Make and train a model on these devices while this lasts."""
+        if self.coordinator is not None:
+            keras.distribution.initialize(self.coordinator, self.processes, self.process_id)
+        if not (self.mirrored or self.coordinator):
+            yield
+            return
+        with backend.data_parallel():
+            yield

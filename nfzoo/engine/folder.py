@@ -1,0 +1,183 @@
+"""The folder of a run: what is written there when, and what says that it is taken."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
+
+import keras
+
+import nfzoo
+from nfzoo import data, names, recipes
+from nfzoo.files import atomic, to_json
+
+# Arguments of `nfzoo.build` that follow from the data, or from training on logits.
+DECIDED_BY_THE_RUN = {
+    "classes", "input_shape", "input_tensor", "include_top", "features_only", "classifier_activation", "name",
+}  # fmt: skip
+
+
+def options(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -> dict:
+    """Resolve what a run would do, without doing it."""
+    build = {}
+    for pattern, fields in recipe.build.items():
+        if fnmatch(model, pattern):
+            build |= fields
+    build |= overrides or {}
+    if decided := sorted(build.keys() & DECIDED_BY_THE_RUN):
+        raise ValueError(f"Expected overrides of the network. Received: {', '.join(decided)}, which the run decides")
+    if recipe.frozen_epochs and not build.get("weights") and model not in names.USER_MODELS:
+        raise ValueError(
+            f"Expected weights for a network that is frozen at first. Received: frozen_epochs={recipe.frozen_epochs} "
+            "without; pass --build weights=FILE.safetensors, or --set frozen_epochs=0 to train from scratch"
+        )
+    return {
+        "model": model,
+        "build": build,
+        "recipe": recipe.model_dump(mode="json"),
+        "fingerprint": recipes.fingerprint(recipe),
+    }
+
+
+def environment() -> dict:
+    """Versions, commit, machine and command, for the record of a run."""
+    versions = {}
+    for package in ("nfzoo", "keras", keras.config.backend(), "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "backend": keras.config.backend(),
+        "commit": _commit(),
+        "machine": _machine(),
+        "command": " ".join(pathlib.Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of nfzoo's own checkout; None for an installed package, whatever repository its folder lies in."""
+    root = pathlib.Path(nfzoo.__file__).parents[1]
+    if not ((root / ".git").exists() and (root / "setup.py").exists()):
+        return None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def _machine() -> str:
+    if keras.config.backend() == "jax":
+        import jax
+
+        devices = sorted({d.device_kind for d in jax.devices() if d.platform != "cpu"})
+        if devices:
+            return f"{', '.join(devices)}; {os.cpu_count()} cores"
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+@contextlib.contextmanager
+def locked(out: pathlib.Path) -> Iterator[None]:
+    """Hold a folder for this process; make it, and take it away again if nothing came into it.
+
+    The lock is the operating system's: it ends with the process, however that ends.
+
+    Raises:
+        ValueError: if another process holds it.
+        OSError: if the folder cannot be made or written.
+    """
+    path = out / ".lock"
+    out.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Expected a folder that no other process trains in. Received: {out}, which one does now; wait for it, "
+                "or choose another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
+
+
+def result(out: pathlib.Path, resolved: dict) -> dict | None:
+    """Check that the folder is free or this run's; return the result if it is there already."""
+    record = out / "options.json"
+    if record.exists():
+        try:
+            before = json.loads(record.read_text())
+        except json.JSONDecodeError:
+            raise ValueError(
+                f"Expected options.json of a run. Received: {record}, which is damaged; remove it"
+            ) from None
+        # A recipe that was written before a setting existed had its default.
+        with contextlib.suppress(ValueError):
+            before["recipe"] = recipes.Recipe.model_validate(before.get("recipe", {})).model_dump(mode="json")
+        differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(to_json(resolved[k]))]
+        if differing:
+            raise ValueError(
+                f"Expected the folder of this run. Received: {out}, which holds another one: its "
+                f"{', '.join(differing)} differ(s) (model {before.get('model')}). Choose another --out, or remove "
+                "the folder."
+            )
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            return json.loads((out / "metrics.json").read_text())
+        return None
+    if out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+        raise ValueError(f"Expected an empty folder or the folder of a run. Received: {out}, which holds other files.")
+    return None
+
+
+def record(out: pathlib.Path, resolved: dict, images: data.Images) -> None:
+    """Write what this run is, once data and model are there: a mistake in their names leaves no folder behind."""
+    if not (out / "options.json").exists():
+        constants = {key: getattr(images, key) for key in ("name", "mean", "std", "classes")}
+        constants["shape"] = images.train.images.shape[1:]
+        write_json(out / "options.json", {**resolved, "images": constants, **environment()})
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Write strict JSON, whole or not at all."""
+    with atomic(path) as partial:
+        partial.write_text(to_json(content, indent=1))
+
+
+def read_options(folder: str | pathlib.Path) -> dict:
+    """Read options.json of a run's folder.
+
+    Raises:
+        FileNotFoundError: if the folder is none of a run.
+    """
+    path = pathlib.Path(folder) / "options.json"
+    if not path.exists():
+        raise FileNotFoundError(f"Expected the folder of a run (with options.json). Received: {folder}")
+    return _read_json(path)
+
+
+def read_metrics(folder: str | pathlib.Path) -> dict:
+    """Read metrics.json of a finished run.
+
+    Raises:
+        FileNotFoundError: if the run has not ended.
+    """
+    path = pathlib.Path(folder) / "metrics.json"
+    if not path.exists():
+        raise FileNotFoundError(f"Expected a finished run (with metrics.json). Received: {folder}")
+    return _read_json(path)
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"Expected a JSON file. Received: {path}, which is damaged: {error}") from None

@@ -1,0 +1,83 @@
+"""What a recipe makes of a network: a model, compiled with its optimizer and its loss."""
+
+import keras
+
+from nfzoo import data, names, optimizers, recipes, registry, schedules
+from nfzoo.agc import AGC
+
+
+def optimizer(recipe: recipes.Recipe, steps_per_epoch: int = 1) -> keras.optimizers.Optimizer:
+    """Make the optimizer of a recipe.
+
+    Args:
+        recipe: its optimizer, schedule and average.
+        steps_per_epoch: batches of an epoch, by which schedules count.
+
+    Example:
+        >>> optimizer(recipes.get("poster")).name
+        'adam'
+    """
+    settings, ema = recipe.optimizer, recipe.ema
+    kinds = {
+        "adam": (optimizers.Adam, ("beta_1", "beta_2", "epsilon")),
+        "sgd": (optimizers.SGD, ("momentum", "nesterov")),
+        "momentum_sgd": (optimizers.MomentumSGD, ("momentum", "nesterov")),
+        "rmsprop": (optimizers.RMSprop, ("rho", "momentum", "epsilon")),
+    }
+    kind, fields = kinds[settings.name]
+    return kind(
+        schedules.learning_rate(recipe, steps_per_epoch),
+        weight_decay=settings.weight_decay or None,
+        groups=[group.model_dump() for group in settings.groups],
+        gradient_accumulation_steps=settings.accumulate if settings.accumulate > 1 else None,
+        **({"use_ema": True, "ema_momentum": ema.momentum, "ema_warmup": ema.warmup} if ema else {}),
+        **{field: getattr(settings, field) for field in fields},
+    )
+
+
+def loss(recipe: recipes.Recipe) -> keras.losses.Loss:
+    """Cross-entropy of logits, against classes or, where the recipe mixes or smooths them, against vectors."""
+    if recipe.one_hot:
+        return keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing)
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def new_model(resolved: dict, images: data.Images, recipe: recipes.Recipe) -> keras.Model:
+    """Build the network of a run for its images; with `frozen_epochs`, its body has weights and its head is new."""
+    model, classes = resolved["model"], len(images.classes)
+    build = {**resolved["build"], "input_shape": images.train.images.shape[1:]}
+    if not recipe.frozen_epochs or model in names.USER_MODELS:
+        return registry.build(model, classes=classes, **build)
+    # The classifier is a new one, whatever the number of classes that the weights know.
+    if build["weights"] in registry.PUBLISHERS:  # they decide the dialect as well
+        return registry.set_head(registry.build(model, **build), classes)
+    body = registry.build(model, include_top=False, **build)
+    net = registry.build(model, classes=classes, **{**build, "weights": None})
+    values = {v.path: v for v in body.weights}
+    for variable in net.weights:
+        if not variable.path.startswith("head/"):
+            variable.assign(values[variable.path])
+    return net
+
+
+def prepare(net: keras.Model, recipe: recipes.Recipe, steps_per_epoch: int, frozen: bool = False) -> None:
+    """Decide what learns and how, and compile. Frozen layers keep their moving statistics too.
+
+    Each part of a run has an optimizer of its own, of the variables that learn: JAX takes no others, and Adam's steps
+    would be too large for moments that join late.
+    """
+    if recipe.frozen_epochs:
+        for layer in net.layers:
+            layer.trainable = layer.name == "head" or not frozen
+    agc = None if recipe.agc is None else AGC(**recipe.agc.model_dump(), log_clipped=True)
+    chosen = optimizer(_of_the_head(recipe) if frozen else recipe, steps_per_epoch)
+    net.compile(chosen, loss(recipe), metrics=["accuracy"], agc=agc)
+    net.optimizer.build(net.trainable_variables)
+
+
+def _of_the_head(recipe: recipes.Recipe) -> recipes.Recipe:
+    """The recipe while the classifier learns alone: constant rate, no groups, no average."""
+    rate = recipe.frozen_learning_rate or recipe.peak_learning_rate
+    settings = {"groups": (), "learning_rate": rate, "per_256": False}
+    chosen = recipe.optimizer.model_copy(update=settings)
+    return recipe.model_copy(update={"optimizer": chosen, "schedule": recipes.Schedule(), "ema": None})

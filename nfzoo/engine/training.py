@@ -1,0 +1,180 @@
+"""Train: one flat function, in a folder that tells everything about its run."""
+
+import contextlib
+import itertools
+import math
+import pathlib
+import time
+from typing import Any
+
+import keras
+from rich.console import Console
+from rich.markup import escape
+
+from nfzoo import backend, callbacks, data, recipes, spp
+from nfzoo.engine import folder, learning
+from nfzoo.engine.devices import Devices
+from nfzoo.engine.replay import first_bad_layer
+from nfzoo.engine.state import State, start, train
+from nfzoo.files import atomic, finite
+
+PROBE_SIZE = 128
+
+
+def run(
+    model: str,
+    recipe: recipes.Recipe,
+    out: str | pathlib.Path,
+    *,
+    overrides: dict[str, Any] | None = None,
+    taps: str | None = "blocks",
+    signals: dict[str, Any] | None = None,
+    keep_model: bool = True,
+    console: Console | None = None,
+    devices: Devices | None = None,
+) -> dict:
+    """Train one model by a recipe, in a folder; resume what the folder holds.
+
+    Args:
+        model: name in the zoo.
+        recipe: see `nfzoo.recipes`.
+        out: folder of the run.
+        overrides: keyword arguments of `nfzoo.build`, on top of the recipe's.
+        taps: signal propagation at initialisation and after every epoch: "blocks", "layers", a pattern; None for none.
+        signals: other options of `nfzoo.SignalPropagation`, e.g. {"source": "live", "statistics": "all"}.
+        keep_model: keep the trained model as model.keras; scans do not.
+        console: where progress goes.
+        devices: several of them share the batches; see `Devices`.
+
+    Returns:
+        The content of metrics.json: status ("complete" or "diverged"), accuracies, losses, epochs, seconds. With a
+        moving average of the weights, the figures are the average's, and test_..._without_average those of the weights.
+
+    Raises:
+        ValueError: if the folder holds another run, if another process trains in it, or if every checkpoint of it is
+            damaged.
+        nfzoo.callbacks.Terminated: on SIGTERM, once the state is saved.
+    """
+    console, out, devices = console or Console(), pathlib.Path(out), devices or Devices()
+    resolved = folder.options(model, recipe, overrides)
+    if (done := folder.result(out, resolved)) is not None:
+        console.print(f"{out}: {done['status']} already, nothing to do", markup=False, soft_wrap=True)
+        return done
+    with (
+        folder.locked(out) if devices.leads else contextlib.nullcontext(),
+        _precision(recipe.precision),
+        devices.scope(),
+    ):
+        backend.deterministic(recipe.deterministic)
+        return _train(resolved, recipe, out, taps, signals or {}, keep_model, console, devices)
+
+
+def _train(resolved, recipe, out, taps, signals, keep_model, console, devices) -> dict:
+    warn = lambda text: console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)  # noqa: E731
+    images = data.load(recipe.data, recipe.seed)
+    state = start(out, resolved, recipe, images, warn)
+    if state.epoch or state.step:
+        console.print(f"resuming {out} after {_position(state)}", markup=False, soft_wrap=True)
+    if recipe.frozen_epochs and not any(layer.name == "head" for layer in state.net.layers):
+        raise ValueError(
+            f'Expected a model with a layer "head" for frozen_epochs. Received: {resolved["model"]} without'
+        )
+    watch = _watch(state.net, images, out if devices.leads else None, taps, signals, console) if taps else None
+    if devices.leads:
+        folder.record(out, resolved, images)
+    batches = data.pipeline(images, recipe, devices.shard)
+    guard, average = callbacks.StopOnNaN(), callbacks.AverageWeights()
+    progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), recipe.epochs, console)
+    keeper = callbacks.Checkpoints(out / "checkpoints" if devices.leads else None, state, guard)
+    steps = [data.EpochClock(batches["train"], batches["validation"]), guard, average, progress, watch, keeper]
+    began = time.perf_counter()
+    try:
+        with keeper.listening():
+            _fit(state, batches, recipe, [step for step in steps if step], average)
+    except callbacks.Terminated as end:
+        console.print(f"stopped by SIGTERM after {end.where}; the same command goes on there", markup=False)
+        raise
+    finally:
+        progress.close()
+    metrics = _metrics(state, batches["test"], guard, average, time.perf_counter() - began, len(images.train))
+    if guard.diverged:
+        state = start(out, resolved, recipe, images, warn)
+        frozen = state.epoch < recipe.frozen_epochs
+        metrics["diverged_in"] = first_bad_layer(state, batches, recipe, guard.step, frozen)
+    if devices.leads:
+        _finish(out, state.net, metrics, keep_model and metrics["status"] == "complete", averaged=bool(recipe.ema))
+    return metrics
+
+
+def _position(state: State) -> str:
+    return f"step {state.step} of epoch {state.epoch + 1}" if state.step else f"epoch {state.epoch}"
+
+
+def _watch(net, images: data.Images, out: pathlib.Path | None, taps: str, signals: dict, console: Console):
+    """The callback that records signal propagation, on a fixed part of the training images."""
+    options = {"taps": taps, **signals}
+    spp.select_taps(net, options["taps"])
+    x, y = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, images.mean, images.std)[0]
+    tell = lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)  # noqa: E731
+    return spp.SignalPropagation(x, y, **{"tell": tell, **options, "log_dir": out})
+
+
+@contextlib.contextmanager
+def _precision(policy: str):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _fit(state: State, batches: dict, recipe: recipes.Recipe, steps: list, average) -> None:
+    """Train from a state to the end: at first the classifier alone, if the recipe says so, then all layers."""
+    for begin, end in itertools.pairwise(sorted({0, recipe.frozen_epochs, recipe.epochs})):
+        if state.epoch == begin and not state.step:  # else the checkpoint came compiled
+            learning.prepare(state.net, recipe, len(batches["train"]), frozen=end <= recipe.frozen_epochs)
+        for step in steps:
+            if isinstance(step, spp.SignalPropagation):
+                step.steps_before = begin * len(batches["train"])
+        if state.epoch < end:
+            train(state, batches, recipe, end, steps, average)
+        if state.net.stop_training:
+            break
+
+
+def _metrics(state: State, test, guard, average, seconds: float, examples: int) -> dict:
+    result = state.net.evaluate(test, verbose=0, return_dict=True)
+    history = state.history
+    last, spent = history[-1] if history else {}, sum(row["seconds"] for row in history)
+    diverged = guard.diverged or not math.isfinite(result["loss"])
+    metrics = {
+        "status": "diverged" if diverged else "complete",
+        "diverged_at_step": guard.step,
+        "epochs": len(history),
+        "seconds": round(spent or seconds, 1),
+        "images_per_second": round(examples * len(history) / max(spent, 1e-9), 1),
+        **{f"test_{k}": float(v) for k, v in result.items()},
+        **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
+    }
+    if average.kept:
+        with average.weights():
+            raw = state.net.evaluate(test, verbose=0, return_dict=True)
+        metrics |= {f"test_{k}_without_average": float(v) for k, v in raw.items()}
+    return finite(metrics)  # as metrics.json will have it
+
+
+def _finish(out: pathlib.Path, net: keras.Model, metrics: dict, keep_model: bool, averaged: bool) -> None:
+    """Write the result last: where metrics.json is, the run is over."""
+    checkpoints = callbacks.pairs(out / "checkpoints")
+    if keep_model and averaged:
+        with atomic(out / "model.keras") as partial:
+            net.save(partial)
+    elif keep_model and checkpoints:
+        checkpoints[0].replace(out / "model.keras")
+    folder.write_json(out / "metrics.json", metrics)
+    if metrics["status"] == "complete":
+        for path in (out / "checkpoints").glob("model-*"):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            (out / "checkpoints").rmdir()

@@ -1,0 +1,43 @@
+"""Use a run's result: load its model, evaluate it."""
+
+import pathlib
+
+import keras
+import numpy as np
+
+from nfzoo import callbacks, data, recipes
+from nfzoo.engine.folder import read_options
+from nfzoo.files import finite
+
+
+def load_run(folder: str | pathlib.Path) -> keras.Model:
+    """Load the trained model of a run, or its newest checkpoint."""
+    read_options(folder)
+    folder = pathlib.Path(folder)
+    path = folder / "model.keras"
+    if not path.exists():
+        found = callbacks.latest(folder / "checkpoints", lambda text: None)
+        if found is None:
+            raise FileNotFoundError(
+                f"Expected a trained model in {folder}. Received: neither model.keras nor a checkpoint"
+            )
+        path = found[0]
+    return keras.saving.load_model(path)
+
+
+def evaluate(folder: str | pathlib.Path, source: str | None = None, data_dir: str | None = None) -> dict:
+    """Evaluate a run's model on its test split, or on that of another data set of the same classes."""
+    options = read_options(folder)
+    recipe = recipes.Recipe.model_validate(options["recipe"])
+    changes = {"data.name": source, "data.data_dir": data_dir}
+    recipe = recipes.override(recipe, {k: v for k, v in changes.items() if v})
+    net = load_run(folder)
+    images = data.load(recipe.data, recipe.seed)
+    if net.output_shape[-1] != len(images.classes):
+        raise ValueError(f"Expected data of {net.output_shape[-1]} classes. Received: {len(images.classes)} classes")
+    # The model learned on images standardized with its own data's constants; other data must look the same to it.
+    mean, std = options["images"]["mean"], options["images"]["std"]
+    classes = len(images.classes) if recipe.one_hot else None
+    batches = data.Batches(images.test, recipe.batch_size, mean, std, classes=classes)
+    result = net.evaluate(batches, verbose=0, return_dict=True)
+    return finite({"images": len(images.test), **{k: float(np.round(v, 6)) for k, v in result.items()}})
