@@ -178,5 +178,7 @@ def lr_find(
     say(f"{len(found.table)} steps; the loss {ended}")
     scale = resolved.peak_learning_rate / resolved.optimizer.learning_rate  # of recipes that state rates per 256 images
     for name, rate in suggestions.items():
-        say(f"{name}: --lr {rate / scale:.2g}")
+        say(
+            f"{name}: --lr {rate / scale:.2g}" if rate > 0 else f"{name}: none, the loss did not fall; try more --steps"
+        )
     say(f"wrote {out / 'lr_find.csv'} and {picture}")

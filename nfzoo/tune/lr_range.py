@@ -25,8 +25,8 @@ class RangeTest:
 
     Attributes:
         table: columns step, learning_rate, loss, smoothed.
-        steepest: the learning rate at which the smoothed loss falls fastest, per decade.
-        tenth: one tenth of the learning rate at which the smoothed loss is smallest.
+        steepest: NaN if the loss did not fall, else the learning rate at which the smoothed loss falls fastest, per decade.
+        tenth: likewise, one tenth of the learning rate at which the smoothed loss is smallest.
         diverged: whether the loss blew up before the last step.
     """
 
@@ -111,19 +111,20 @@ def lr_find(
 def suggestions(table: pd.DataFrame) -> tuple[float, float]:
     """The two learning rates of a range test's table: of the steepest descent, and a tenth of that of the minimum.
 
+    NaN where the loss did not fall by a hundredth: the minimum of a flat curve is noise.
+
     Example:
         >>> table = pd.DataFrame({"learning_rate": [0.01, 0.1, 1.0, 10.0], "smoothed": [4.0, 3.9, 1.0, 9.0]})
         >>> suggestions(table)
         (0.1, 0.1)
     """
     table = table[np.isfinite(table.smoothed)]
-    if len(table) < 3:
+    if len(table) < 3 or not table.smoothed.min() < 0.99 * table.smoothed.iloc[0]:
         return math.nan, math.nan
     lowest = int(np.argmin(table.smoothed))
     rates = table.learning_rate.to_numpy()
     falling = np.diff(table.smoothed[: lowest + 1]) / np.diff(np.log(rates[: lowest + 1]))
-    steepest = float(rates[int(np.argmin(falling))]) if len(falling) else math.nan
-    return steepest, float(rates[lowest] / 10)
+    return float(rates[int(np.argmin(falling))]), float(rates[lowest] / 10)
 
 
 @contextlib.contextmanager
