@@ -25,7 +25,7 @@ class RangeTest:
 
     Attributes:
         table: columns step, learning_rate, loss, smoothed.
-        steepest: NaN if the loss did not fall, else the learning rate at which the smoothed loss falls fastest, per decade.
+        steepest: the learning rate at which the smoothed loss falls fastest, per decade; NaN if it does not fall.
         tenth: likewise, one tenth of the learning rate at which the smoothed loss is smallest.
         diverged: whether the loss blew up before the last step.
     """
