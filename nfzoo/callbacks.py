@@ -73,7 +73,11 @@ def _text(logs: dict | None) -> str:
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Stop at the first loss or validation loss that is not finite; `step` tells where (1-based, within its epoch)."""
+    """Stop at the first loss or validation loss that is not finite, or after an epoch whose weights are not.
+
+    `step` tells where (1-based, within its epoch). The weights are looked at because a loss can hide them: ReLU makes
+    zeros of NaN on a CPU.
+    """
 
     def __init__(self):
         super().__init__()
@@ -88,9 +92,11 @@ class StopOnNaN(keras.callbacks.Callback):
             self._stop(batch + 1)
 
     def on_epoch_end(self, epoch, logs=None) -> None:
-        # The last step of an epoch can ruin the weights; only the validation shows it.
-        if self.step is None and not math.isfinite(float((logs or {}).get("val_loss", 0.0))):
+        if self.step is None and not (math.isfinite(float((logs or {}).get("val_loss", 0.0))) and self._sound()):
             self._stop(self.params["steps"])
+
+    def _sound(self) -> bool:
+        return all(np.isfinite(keras.ops.convert_to_numpy(v)).all() for v in self.model.weights)
 
     def _stop(self, step: int) -> None:
         self.step = step

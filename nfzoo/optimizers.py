@@ -218,7 +218,7 @@ class Grouped:
         super().build(variables)
         if self.use_ema and self.ema_warmup:
             for average, variable in zip(self._model_variables_moving_average, variables, strict=True):
-                average.assign(variable)
+                average.assign(ops.copy(variable))  # JAX would have them share one buffer
 
     def _group(self, path: str) -> Group:
         return next((g for g in self.groups.content if matches(g.pattern, path)), Group(""))

@@ -35,9 +35,9 @@ from nfzoo.models import sites
 from nfzoo.tune import lr_range, plan, progress, results, search, space, trials, workers
 
 MODULES = [
-    agc, alarms, augment, callbacks, cli, data, doctor, engine, export, layers, numerics, optimizers, plots,
-    recipes, registry, report, schedules, settings, sites, spp, theory, trainer, tune, lr_range, plan, progress,
-    results, search, space, trials, workers, variants, weights,
+    agc, alarms, augment, callbacks, cli, data, doctor, engine, export, layers, lr_range, numerics, optimizers, plan,
+    plots, progress, recipes, registry, report, results, schedules, search, settings, sites, space, spp, theory,
+    trainer, trials, tune, variants, weights, workers,
 ]  # fmt: skip
 
 

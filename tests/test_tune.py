@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from nfzoo import engine, plots, recipes, tune
+from nfzoo.engine import learning
 from nfzoo.tune import plan, progress, trials
 
 RECIPE = recipes.override(
@@ -92,7 +93,7 @@ def test_summary_is_mean_and_deviation_over_seeds(scanned):
 @pytest.mark.slow
 def test_a_killed_scan_does_the_missing_trials_only(scanned, tmp_path, monkeypatch):
     _, expected = scanned
-    trained, original = [], engine.learning.new_model
+    trained, original = [], learning.new_model
 
     def new_model(resolved, *rest):
         trained.append(resolved["recipe"]["optimizer"]["learning_rate"])
@@ -100,7 +101,7 @@ def test_a_killed_scan_does_the_missing_trials_only(scanned, tmp_path, monkeypat
             raise KeyboardInterrupt
         return original(resolved, *rest)
 
-    monkeypatch.setattr(engine.learning, "new_model", new_model)
+    monkeypatch.setattr(learning, "new_model", new_model)
     grid = {**GRID, "seeds": [0], "recipe": RECIPE, "out": tmp_path, "console": Console(quiet=True)}
     with pytest.raises(KeyboardInterrupt):
         tune.scan(**grid)

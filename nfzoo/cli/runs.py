@@ -44,6 +44,10 @@ def train(
         list[str] | None,
         typer.Option(help="KEY=VALUE of nfzoo.SignalPropagation, e.g. source=live, statistics=all; repeatable"),
     ] = None,
+    strategy: Annotated[str, typer.Option(help='"mirrored": all devices of this machine share each batch')] = "none",
+    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0 of several (JAX)")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="how many processes share each batch")] = 1,
+    process_id: Annotated[int, typer.Option(min=0, help="which of them this is; 0 writes the run's folder")] = 0,
     set_: Settings = None,
     build: Build = None,
     dry_run: DryRun = False,
@@ -60,6 +64,9 @@ def train(
     with quiet_start():
         from nfzoo import engine
 
+    if strategy not in ("none", "mirrored"):
+        raise ValueError(f"Expected --strategy none or mirrored. Received: {strategy!r}")
+    devices = engine.Devices(strategy == "mirrored", coordinator, processes, process_id)
     out = out or pathlib.Path("runs") / f"{model}-{resolved.seed}"
     registry.resolve(model, engine.options(model, resolved, overrides)["build"])
     if dry_run:
@@ -67,13 +74,14 @@ def train(
         return
     metrics = engine.run(
         model, resolved, out, overrides=overrides, taps=None if taps == "none" else taps, signals=watched,
-        console=console,
+        console=console, devices=devices,
     )  # fmt: skip
     console.print_json(data=metrics)
     if metrics["status"] == "diverged":
         raise RuntimeError(
-            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on; the "
-            f"run is marked as diverged, checkpoints of earlier epochs, if any, are in {out / 'checkpoints'}. Try a "
+            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on"
+            + (f", first the {metrics['diverged_in']}" if metrics.get("diverged_in") else "")
+            + f"; the run is marked as diverged, checkpoints of earlier epochs, if any, are in {out / 'checkpoints'}. Try a "
             "smaller --lr or --set agc=0.01."
         )
 

@@ -133,7 +133,9 @@ def result(out: pathlib.Path, resolved: dict) -> dict | None:
         with contextlib.suppress(OSError, json.JSONDecodeError):
             return json.loads((out / "metrics.json").read_text())
         return None
-    if out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+    # A kill before the first file was whole leaves these.
+    unfinished = {".lock", ".partial-options.json"}
+    if out.exists() and any(path.name not in unfinished for path in out.iterdir()):
         raise ValueError(f"Expected an empty folder or the folder of a run. Received: {out}, which holds other files.")
     return None
 

@@ -22,7 +22,7 @@ def first_bad_layer(
         frozen: whether the classifier learns alone in this epoch.
 
     Returns:
-        The name, and which of the two; None if all is finite this time.
+        "output of NAME", "weights of NAME" or "images of the batch"; None if all is finite this time.
     """
     net, stream, epoch = state.net, batches["train"], state.epoch
     if not net.compiled:
@@ -36,6 +36,9 @@ def first_bad_layer(
         if not np.isfinite(keras.ops.convert_to_numpy(variable)).all():
             return f"weights of {variable.path.split('/')[0]}"
     stream.epoch = epoch
+    images, _ = stream[step - 1]
+    if not np.isfinite(images).all():
+        return "images of the batch"
     bad: list[str] = []
 
     def look(name, output):
@@ -44,5 +47,5 @@ def first_bad_layer(
         return output
 
     with recording({layer.name: layer for layer in net.layers}, look):
-        net(stream[step - 1][0], **training_mode(net))
+        net(images, **training_mode(net))
     return f"output of {bad[0].split('#')[0]}" if bad else None

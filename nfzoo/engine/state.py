@@ -73,6 +73,8 @@ def train(
         validate: look at the validation images after each epoch.
     """
     stream, validation = batches["train"], batches["validation"] if validate and len(batches["validation"]) else None
+    if state.step:
+        state.net.test_on_batch(*stream[0])  # makes the counters, for their values to be put back
     # The rest of an epoch is a `fit` of its own: Keras counts the steps of an epoch once.
     for end in sorted({state.epoch + 1, epochs} if state.step else {epochs}):
         stream.window = (state.step, until)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -79,7 +80,10 @@ def _train(resolved, recipe, out, taps, signals, keep_model, console, devices) -
         raise ValueError(
             f'Expected a model with a layer "head" for frozen_epochs. Received: {resolved["model"]} without'
         )
-    watch = _watch(state.net, images, out if devices.leads else None, taps, signals, console) if taps else None
+    watch = None
+    if taps:
+        signals = {**signals, "log_dir": out if devices.leads else None}  # others measure too: it takes all devices
+        watch = _watch(state.net, images, recipe.one_hot, taps, signals, console)
     if devices.leads:
         folder.record(out, resolved, images)
     batches = data.pipeline(images, recipe, devices.shard)
@@ -110,13 +114,14 @@ def _position(state: State) -> str:
     return f"step {state.step} of epoch {state.epoch + 1}" if state.step else f"epoch {state.epoch}"
 
 
-def _watch(net, images: data.Images, out: pathlib.Path | None, taps: str, signals: dict, console: Console):
+def _watch(net, images: data.Images, one_hot: bool, taps: str, signals: dict, console: Console):
     """The callback that records signal propagation, on a fixed part of the training images."""
     options = {"taps": taps, **signals}
     spp.select_taps(net, options["taps"])
-    x, y = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, images.mean, images.std)[0]
+    constants = {"mean": images.mean, "std": images.std, "classes": len(images.classes) if one_hot else None}
+    x, y = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, **constants)[0]
     tell = lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)  # noqa: E731
-    return spp.SignalPropagation(x, y, **{"tell": tell, **options, "log_dir": out})
+    return spp.SignalPropagation(x, y, **{"tell": tell, **options})
 
 
 @contextlib.contextmanager
@@ -174,7 +179,4 @@ def _finish(out: pathlib.Path, net: keras.Model, metrics: dict, keep_model: bool
         checkpoints[0].replace(out / "model.keras")
     folder.write_json(out / "metrics.json", metrics)
     if metrics["status"] == "complete":
-        for path in (out / "checkpoints").glob("model-*"):
-            path.unlink()
-        with contextlib.suppress(OSError):
-            (out / "checkpoints").rmdir()
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
