@@ -7,9 +7,9 @@ A recipe is a tree of `nfzoo.settings`; `override` changes leaves by dotted path
 import difflib
 import hashlib
 import json
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from nfzoo.settings import (
     NO_DECAY,
@@ -179,12 +179,14 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     tree = recipe.model_dump()
     for path, value in changes.items():
         *parents, leaf = path.split(".")
-        node = tree
+        node, kind = tree, type(recipe)
         for parent in parents:
             _known(path, parent, node)
-            node[parent] = dict(node[parent]) if node[parent] is not None else {}
+            kind = _settings(kind, parent)
+            # A part that is off comes on as it is by default.
+            node[parent] = kind().model_dump() if node[parent] is None else dict(node[parent])
             node = node[parent]
-        if node and parents[:1] != ["build"]:  # else anything goes, or it is checked below
+        if parents[:1] != ["build"]:
             _known(path, leaf, node)
         node[leaf] = parse_value(value)
     try:
@@ -192,6 +194,13 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}. Received: {e['input']!r}" for e in error.errors()]
         raise ValueError("Expected valid settings. " + "; ".join(lines)) from None
+
+
+def _settings(kind: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
+    """The class of a part of settings, whether it may be None or not."""
+    found = kind.model_fields[name].annotation if kind else None
+    parts = [part for part in (found, *get_args(found)) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return parts[0] if parts else None
 
 
 def _known(path: str, key: str, node: Any) -> None:

@@ -226,7 +226,7 @@ MISTAKES = {
         ["train", "sn_test_ffnn", "--build", "dropout_rate=-1", "--dry-run"],
         "dropout_rate in [0, 1)",
     ),
-    "unknown recipe": (["train", "sn_test_ffnn", "--recipe", "nfnet"], "poster, demo"),
+    "unknown recipe": (["train", "sn_test_ffnn", "--recipe", "nfnett"], "poster, demo"),
     "unknown setting": (["train", "sn_test_ffnn", "--set", "optimizer.lr=1"], "learning_rate"),
     "not a setting": (["train", "sn_test_ffnn", "--set", "epochs"], "KEY=VALUE"),
     "missing data": (["train", "sn_test_ffnn", "--data", "no_such_set"], "digits, fake"),

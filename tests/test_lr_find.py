@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from nfzoo import engine, plots, recipes, tune
+from nfzoo.engine import training
 from nfzoo.tune import lr_range
 
 RECIPE = recipes.override(recipes.get("demo"), {"data.name": "digits", "data.limit": 64, "batch_size": 8})
@@ -195,11 +196,12 @@ def test_the_picture_shows_the_suggestions(tmp_path):
 def test_it_starts_as_a_run_would(tmp_path, monkeypatch):
     """Same weights, same batches, same optimizer as of `engine.run`."""
     recipe, started = recipes.override(RECIPE, {"seed": 7}), []
-    monkeypatch.setattr(engine.training, "train", lambda *arguments: started.append(arguments))
-    monkeypatch.setattr(engine.training, "_metrics", lambda *_: {"status": "diverged"})
+    monkeypatch.setattr(training, "_fit", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(training, "_metrics", lambda *_: {"status": "diverged"})
     engine.run("sn_test_ffnn", recipe, tmp_path, taps=None, console=Console(quiet=True))
-    twin, streams = started[0][0].net, started[0][1]
+    (state, streams, *_), twin = started[0], started[0][0].net
+    assert (state.epoch, state.step) == (0, 0)
     net, batches = tune.prepare("sn_test_ffnn", recipe)
     assert np.array_equal(batches[0][0], streams["train"][0][0]) and batches.shuffle
-    assert type(net.optimizer) is type(twin.optimizer) and net.agc.clip_factor == RECIPE.agc.clip_factor
+    assert isinstance(net.optimizer, keras.optimizers.Adam) and net.agc.clip_factor == RECIPE.agc.clip_factor
     assert all(np.array_equal(a, b) for a, b in zip(net.get_weights(), twin.get_weights(), strict=True))

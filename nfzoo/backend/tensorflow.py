@@ -1,9 +1,11 @@
 """Training step and probe for the TensorFlow backend."""
 
+import contextlib
 import functools
 
 import keras
 import tensorflow as tf
+from tensorflow.python.framework import config  # the public module has no way back
 
 from nfzoo.backend.taps import TINY, check_step, clipping, loss_scale, loss_state, recording, training_mode, unscaled
 
@@ -71,10 +73,17 @@ def _all_reduce(gradients: list) -> list:
     return [g if g is None else next(reduced) for g in gradients]
 
 
-def deterministic(wanted: bool) -> None:
-    """Prefer operations that give the same result twice; TensorFlow knows no way back within a process."""
-    if wanted:
-        tf.config.experimental.enable_op_determinism()
+@contextlib.contextmanager
+def deterministic(wanted: bool):
+    """While this lasts, prefer operations that give the same result twice; XLA is not among them."""
+    if not wanted or config.is_op_determinism_enabled():
+        yield
+        return
+    config.enable_op_determinism()
+    try:
+        yield
+    finally:
+        config.disable_op_determinism()
 
 
 def data_parallel():

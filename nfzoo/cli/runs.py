@@ -78,10 +78,10 @@ def train(
     )  # fmt: skip
     console.print_json(data=metrics)
     if metrics["status"] == "diverged":
+        named = f" (the first: {metrics['diverged_in']})" if metrics.get("diverged_in") else ""
         raise RuntimeError(
-            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on"
-            + (f", first the {metrics['diverged_in']}" if metrics.get("diverged_in") else "")
-            + f"; the run is marked as diverged, checkpoints of earlier epochs, if any, are in {out / 'checkpoints'}. Try a "
+            f"the loss is not finite from step {metrics['diverged_at_step']} of epoch {metrics['epochs'] + 1} on{named}; "
+            f"the run is marked as diverged, checkpoints of earlier epochs, if any, are in {out / 'checkpoints'}. Try a "
             "smaller --lr or --set agc=0.01."
         )
 

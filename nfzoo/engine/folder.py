@@ -92,7 +92,7 @@ def locked(out: pathlib.Path) -> Iterator[None]:
         ValueError: if another process holds it.
         OSError: if the folder cannot be made or written.
     """
-    path = out / ".lock"
+    path, made = out / ".lock", [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -107,7 +107,8 @@ def locked(out: pathlib.Path) -> Iterator[None]:
         finally:
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty
-                out.rmdir()
+                for folder in made:
+                    folder.rmdir()
 
 
 def result(out: pathlib.Path, resolved: dict) -> dict | None:

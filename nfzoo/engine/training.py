@@ -65,8 +65,8 @@ def run(
         folder.locked(out) if devices.leads else contextlib.nullcontext(),
         _precision(recipe.precision),
         devices.scope(),
+        backend.deterministic(recipe.deterministic),
     ):
-        backend.deterministic(recipe.deterministic)
         return _train(resolved, recipe, out, taps, signals or {}, keep_model, console, devices)
 
 
