@@ -127,7 +127,7 @@ ALLOWED = {
     "tune/trials.py": {"engine", "files", "tune.plan", "tune.space"},
     "tune/workers.py": {"tune", "tune.plan", "tune.space", "tune.trials"},
     "tune/progress.py": {"tune.plan", "tune.trials"},
-    "tune/lr_range.py": {"data", "engine", "recipes"},
+    "tune/lr_range.py": {"data", "engine", "engine.learning", "recipes"},
     "tune/search.py": {"files", "recipes", "tune"}
     | {f"tune.{n}" for n in ("plan", "progress", "results", "space", "trials", "workers")},
     "tune/__init__.py": {f"tune.{n}" for n in ("lr_range", "results", "search", "space")},

@@ -176,6 +176,8 @@ def test_suggestions_are_the_steepest_descent_and_a_tenth_of_the_minimum():
     falls = 2.0 - 1 / (1 + np.exp(-4 * np.log(rates / 1e-2))) + (rates > 0.3) * 10 * rates
     steepest, tenth = lr_range.suggestions(pd.DataFrame({"learning_rate": rates, "smoothed": falls}))
     assert steepest == pytest.approx(1e-2, rel=0.3) and tenth == pytest.approx(0.03, rel=0.2)
+    flat = lr_range.suggestions(pd.DataFrame({"learning_rate": rates, "smoothed": 2.3 + 0.01 * np.sin(rates)}))
+    assert np.isnan(flat).all()
     none = lr_range.suggestions(pd.DataFrame({"learning_rate": [1.0], "smoothed": [np.nan]}))
     assert np.isnan(none).all()
 

@@ -176,6 +176,9 @@ def lr_find(
         f"diverged at {last.learning_rate:.2g}" if found.diverged else f"did not diverge up to {last.learning_rate:.2g}"
     )
     say(f"{len(found.table)} steps; the loss {ended}")
+    scale = resolved.peak_learning_rate / resolved.optimizer.learning_rate  # of recipes that state rates per 256 images
     for name, rate in suggestions.items():
-        say(f"{name}: --lr {rate:.2g}")
+        say(
+            f"{name}: --lr {rate / scale:.2g}" if rate > 0 else f"{name}: none, the loss did not fall; try more --steps"
+        )
     say(f"wrote {out / 'lr_find.csv'} and {picture}")

@@ -25,8 +25,8 @@ class RangeTest:
 
     Attributes:
         table: columns step, learning_rate, loss, smoothed.
-        steepest: the learning rate at which the smoothed loss falls fastest, per decade.
-        tenth: one tenth of the learning rate at which the smoothed loss is smallest.
+        steepest: the learning rate at which the smoothed loss falls fastest, per decade; NaN if it does not fall.
+        tenth: likewise, one tenth of the learning rate at which the smoothed loss is smallest.
         diverged: whether the loss blew up before the last step.
     """
 
@@ -37,13 +37,18 @@ class RangeTest:
 
 
 def prepare(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -> tuple[keras.Model, data.Batches]:
-    """A model of the zoo as a run would start with it, and its training batches; of schedules only the first rate."""
-    recipe = recipes.override(recipe, {"schedule.name": "constant", "schedule.warmup_epochs": 0})
-    keras.utils.set_random_seed(recipe.seed)
+    """A model of the zoo as a run would start with it, and its training batches; the learning rate is constant."""
+    recipe = recipe.model_copy(update={"schedule": recipes.Schedule()})
     images = data.load(recipe.data, recipe.seed)
-    net = learning.new_model(engine.options(model, recipe, overrides), images, recipe)
     batches = data.pipeline(images, recipe)["train"]
-    learning.prepare(net, recipe, len(batches))
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(recipe.precision)
+    try:
+        keras.utils.set_random_seed(recipe.seed)
+        net = learning.new_model(engine.options(model, recipe, overrides), images, recipe)
+        learning.prepare(net, recipe, len(batches))
+    finally:
+        keras.config.set_dtype_policy(before)
     return net, batches
 
 
@@ -106,19 +111,20 @@ def lr_find(
 def suggestions(table: pd.DataFrame) -> tuple[float, float]:
     """The two learning rates of a range test's table: of the steepest descent, and a tenth of that of the minimum.
 
+    NaN where the loss did not fall by a hundredth: the minimum of a flat curve is noise.
+
     Example:
         >>> table = pd.DataFrame({"learning_rate": [0.01, 0.1, 1.0, 10.0], "smoothed": [4.0, 3.9, 1.0, 9.0]})
         >>> suggestions(table)
         (0.1, 0.1)
     """
     table = table[np.isfinite(table.smoothed)]
-    if len(table) < 3:
+    if len(table) < 3 or not table.smoothed.min() < 0.99 * table.smoothed.iloc[0]:
         return math.nan, math.nan
     lowest = int(np.argmin(table.smoothed))
     rates = table.learning_rate.to_numpy()
     falling = np.diff(table.smoothed[: lowest + 1]) / np.diff(np.log(rates[: lowest + 1]))
-    steepest = float(rates[int(np.argmin(falling))]) if len(falling) else math.nan
-    return steepest, float(rates[lowest] / 10)
+    return float(rates[int(np.argmin(falling))]), float(rates[lowest] / 10)
 
 
 @contextlib.contextmanager

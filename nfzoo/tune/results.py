@@ -2,6 +2,8 @@
 
 import json
 import shlex
+from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 from rich.table import Table
@@ -122,11 +124,10 @@ def command(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -
         >>> command("sn_efficientnet_b0", recipes.override(recipes.get("poster"), {"optimizer.learning_rate": 0.003}))
         'nfzoo train sn_efficientnet_b0 --recipe poster --lr 0.003 --seed 868'
     """
-    wanted = _leaves(recipe.model_dump(mode="json"))
-    differing = {}
-    for name, row in recipes.RECIPES.items():
-        there = _leaves(row.model_dump(mode="json"))
-        differing[name] = {path: value for path, value in wanted.items() if path not in there or there[path] != value}
+    wanted, short = (recipe.model_dump(mode="json", exclude_defaults=shorter) for shorter in (False, True))
+    differing = {
+        name: dict(_differing(wanted, row.model_dump(mode="json"), short)) for name, row in recipes.RECIPES.items()
+    }
     name = min(differing, key=lambda name: len(differing[name]))
     changes = {"seed": recipe.seed} | differing[name]
     words = ["nfzoo", "train", model, "--recipe", name]
@@ -138,13 +139,13 @@ def command(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -
     return shlex.join(words)
 
 
-def _leaves(tree: dict, path: str = "") -> dict:
-    """Dotted path -> value. The patterns of `build` are no path."""
-    leaves = {}
-    for key, value in tree.items():
-        inner = isinstance(value, dict) and key != "build"
-        leaves |= _leaves(value, f"{path}{key}.") if inner else {f"{path}{key}": value}
-    return leaves
+def _differing(wanted: dict, row: dict, short: dict, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path -> value of what a row has not, tables that it lacks without their defaults (`short`)."""
+    for key, value in wanted.items():
+        if isinstance(value, dict) and isinstance(row.get(key), dict) and key != "build":  # its patterns are no path
+            yield from _differing(value, row[key], short.get(key, {}), f"{path}{key}.")
+        elif value != row.get(key):
+            yield f"{path}{key}", short.get(key, {}) if isinstance(value, dict) else value
 
 
 def _word(value) -> str:

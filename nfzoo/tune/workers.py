@@ -168,7 +168,7 @@ def run_workers(plan: Plan, count: int) -> None:
             plan.update()
             codes = [worker.poll() for worker in workers]
             for worker, code in zip(workers, codes, strict=True):
-                if code is not None and code > 0:
+                if code == 1:
                     raise _error(worker)
             if None not in codes and not plan.finished:
                 plan.update()
@@ -188,7 +188,9 @@ def run_workers(plan: Plan, count: int) -> None:
 
 
 def _all_killed(plan: Plan, codes: list[int]) -> None:
-    names = ", ".join(sorted({signal.Signals(-code).name for code in codes if code}))
+    # A run that SIGTERM ends saves its state and exits with 128 + 15.
+    numbers = {-code if code < 0 else code - 128 for code in codes if code < 0 or code > 128}
+    names = ", ".join(sorted(signal.Signals(number).name for number in numbers))
     raise RuntimeError(
         f"Expected workers that live. Received: all were ended by {names or 'others'}; if memory ran out, take fewer "
         f"--workers or a smaller batch_size. The same command goes on, logs are in {plan.out / 'logs'}"
