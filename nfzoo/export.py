@@ -4,17 +4,19 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 
+import keras
 import numpy as np
 
-from nfzoo import data, engine, recipes
+from nfzoo import data, engine, recipes, weights
 from nfzoo.files import atomic, sha256
 
-FORMATS = ("saved_model",)
 TOLERANCE = 1e-4
+LICENCE = "Apache-2.0"  # of what is trained with nfzoo
 
 # Runs in a process of its own, with TensorFlow alone: nfzoo must not be needed to serve.
 _RELOAD = """
@@ -33,8 +35,9 @@ def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved
 
     Args:
         run: folder of a run.
-        to: folder to make; it must not exist. The manifest is manifest.json in its parent folder.
-        format: "saved_model".
+        to: what to make; it must not exist. The manifest is manifest.json in its parent folder. Weights are called
+            MODEL.TAG.safetensors, which `nfzoo.build(MODEL, weights=TAG)` loads.
+        format: "saved_model" (a folder) or "weights" (a .safetensors file).
         examples: number of real test images that the artefact is compared on.
 
     Returns:
@@ -47,20 +50,50 @@ def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved
     """
     if format not in FORMATS:
         raise ValueError(f"Expected a format among {', '.join(FORMATS)}. Received: {format!r}")
-    if importlib.util.find_spec("tensorflow") is None:
+    if format == "saved_model" and importlib.util.find_spec("tensorflow") is None:
         raise ImportError("Expected TensorFlow, which writes and reloads a SavedModel. Received: no such package")
     to = pathlib.Path(to)
     if to.exists():
-        raise FileExistsError(
-            f"Expected a folder that does not exist yet. Received: {to}; remove it or choose another."
-        )
+        raise FileExistsError(f"Expected a path that does not exist yet. Received: {to}; remove it or choose another.")
     options, metrics = engine.read_options(run), engine.read_metrics(run)
+    model = options["model"]
+    if format == "weights" and not re.fullmatch(rf"{re.escape(model)}\.\w+\.safetensors", to.name):
+        raise ValueError(f"Expected weights to be called {model}.TAG.safetensors. Received: {to.name}")
     entries = _entries(to.parent / "manifest.json")
     recipe = recipes.Recipe.model_validate(options["recipe"])
     images = data.load(recipe.data, recipe.seed)
     x = data.Batches(images.test, examples, images.mean, images.std)[0][0]
-    model = engine.load_run(run)
+    made = FORMATS[format](engine.load_run(run), to, x)
+    entry = {
+        "format": format,
+        **made,
+        "model": model,
+        "build": options["build"],
+        "input": {"shape": [None, *x.shape[1:]], "mean": list(images.mean), "std": list(images.std), "of": "x / 255"},
+        "classes": list(images.classes),
+        "data": images.name,
+        "metrics": {k: metrics.get(k) for k in ("test_accuracy", "epochs")},
+        "fingerprint": options["fingerprint"],
+        "seed": recipe.seed,
+        "versions": options["versions"],
+        "commit": options["commit"],
+        "licence": LICENCE,
+    }
+    with atomic(to.parent / "manifest.json") as partial:
+        partial.write_text(json.dumps({**entries, to.name.removesuffix(".safetensors"): entry}, indent=1) + "\n")
+    return entry
 
+
+def _weights(model, to: pathlib.Path, x: np.ndarray) -> dict:
+    weights.save(model, to)
+    again = keras.models.clone_model(model)
+    weights.load(again, to)
+    expected = model.predict(x, verbose=0)
+    difference = float(np.abs(again.predict(x, verbose=0) - expected).max() / np.abs(expected).max())
+    return {"weights": to.name, "sha256": sha256(to), "largest_relative_difference": difference}
+
+
+def _saved_model(model, to: pathlib.Path, x: np.ndarray) -> dict:
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
         partial = pathlib.Path(folder) / "artefact"
@@ -68,25 +101,10 @@ def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved
         difference = _verify(partial, x, model.predict(x, verbose=0), pathlib.Path(folder))
         digest = folder_sha256(partial)
         partial.rename(to)
-    entry = {
-        "format": format,
-        "path": to.name,
-        "sha256": digest,
-        "model": options["model"],
-        "build": options["build"],
-        "input": {"shape": [None, *x.shape[1:]], "mean": list(images.mean), "std": list(images.std), "of": "x / 255"},
-        "classes": list(images.classes),
-        "data": images.name,
-        "metrics": {k: metrics.get(k) for k in ("test_accuracy", "epochs")},
-        "largest_relative_difference": difference,
-        "fingerprint": options["fingerprint"],
-        "seed": recipe.seed,
-        "versions": options["versions"],
-        "commit": options["commit"],
-    }
-    with atomic(to.parent / "manifest.json") as partial:
-        partial.write_text(json.dumps({**entries, to.name: entry}, indent=1, sort_keys=True) + "\n")
-    return entry
+    return {"path": to.name, "sha256": digest, "largest_relative_difference": difference}
+
+
+FORMATS = {"saved_model": _saved_model, "weights": _weights}
 
 
 def _verify(artefact: pathlib.Path, x: np.ndarray, expected: np.ndarray, folder: pathlib.Path) -> float:

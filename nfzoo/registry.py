@@ -78,9 +78,10 @@ def build(
             "nf_resnet50.ra2_in1k", it comes with those weights: published by timm, or an entry of
             the manifest.
         weights: None for a fresh initialisation, a path (.safetensors, .keras, .weights.h5), the tag of an entry in
-            the manifest of saved_models, or "timm", "deepmind", "imagenet" (keras.applications) for what they have
-            published: it is downloaded to NFZOO_HOME/downloads once, and the dialect is theirs. They expect ImageNet's
-            standardization (`include_preprocessing=True`), keras.applications' ResNets their `preprocess_input`.
+            the manifest of saved_models ("cifar100"; its overrides, classes and input shape are then the defaults), or
+            "timm", "deepmind", "imagenet" (keras.applications) for what they have published: it is downloaded to
+            NFZOO_HOME/downloads once, and the dialect is theirs. They expect ImageNet's standardization
+            (`include_preprocessing=True`), keras.applications' ResNets their `preprocess_input`.
         classes: units of the classifier; default: the row's. Upon published weights of another number it is new.
         include_top: end with the classifier; else with the last feature map, pooled if `pooling` says so.
         pooling: "avg", "max" or None; how the last map becomes a vector. None only without the top.
@@ -133,6 +134,14 @@ def build(
             include_preprocessing=include_preprocessing, out_indices=out_indices, name=name, **overrides,
         )  # fmt: skip
     parsed = parse(architecture)
+    if isinstance(weights, str):
+        from nfzoo.weights import entry_of
+
+        if stored := entry_of(str(parsed), weights):  # they are of a network with overrides, classes and a size
+            overrides = stored.get("build", {}) | overrides
+            classes = len(stored["classes"]) if classes is None and "classes" in stored else classes
+            if input_shape is None and input_tensor is None and "input" in stored:
+                input_shape = tuple(stored["input"]["shape"][1:])
     variant, spec = resolve_fields(parsed, overrides)
     classes = spec.classes if classes is None else classes
     classes = operator.index(classes)  # NumPy's integers too

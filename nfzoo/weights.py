@@ -43,7 +43,8 @@ def save(model: keras.Model, path: str | pathlib.Path) -> pathlib.Path:
     # In C order for safetensors; np.ascontiguousarray would make a vector of a scalar.
     tensors = {v.path: np.asarray(keras.ops.convert_to_numpy(v), order="C") for v in model.weights}
     with atomic(path) as partial:
-        safetensors.numpy.save_file(tensors, partial, metadata={"model": model.name, "format": "nfzoo"})
+        # Its save_file makes files that nobody else may read.
+        partial.write_bytes(safetensors.numpy.save(tensors, metadata={"model": model.name, "format": "nfzoo"}))
     return path
 
 
@@ -149,19 +150,29 @@ def _load_h5(model: keras.Model, path: pathlib.Path) -> None:
         ) from None
 
 
-def _find(weights: str | pathlib.Path, name: str | None) -> pathlib.Path:
-    path = pathlib.Path(weights)
-    if path.exists():
-        return path
+def entry_of(name: str, tag: str) -> dict | None:
+    """What the manifest says of the weights of a model: file, sha256, overrides of `build`, classes, input; or None."""
+    return _entries(name).get(tag)
+
+
+def _entries(name: str | None) -> dict[str, dict]:
+    """Entries of a model's weights, by tag."""
     manifest = home() / "manifest.json"
     entries = json.loads(manifest.read_text()) if manifest.exists() else {}
-    entry = entries.get(f"{name}.{weights}")
-    if entry is None or "weights" not in entry:
-        tags = [key.partition(".")[2] for key, e in entries.items() if key.startswith(f"{name}.") and "weights" in e]
+    split = {key: key.partition(".") for key, entry in entries.items() if "weights" in entry}
+    return {tag: entries[key] for key, (model, _, tag) in split.items() if model == name}
+
+
+def _find(weights: str | pathlib.Path, name: str | None) -> pathlib.Path:
+    path, entries = pathlib.Path(weights), _entries(name)
+    if path.exists():
+        return path
+    if str(weights) not in entries:
         raise FileNotFoundError(
-            f"Expected a file or a tag of {manifest}. Received: weights={str(weights)!r}. "
-            f"Tags of {name}: {', '.join(tags) or 'none'}."
+            f"Expected a file or a tag of {home() / 'manifest.json'}. Received: weights={str(weights)!r}. "
+            f"Tags of {name}: {', '.join(entries) or 'none'}."
         )
+    entry = entries[str(weights)]
     path = home() / entry["weights"]
     if sha256(path) != entry["sha256"]:
         raise ValueError(f"Expected {path} as the manifest describes it. Received: a file of another sha256")

@@ -100,8 +100,8 @@ def eval_(run: Run, data: Source = None, data_dir: DataDir = None) -> None:
 @app.command()
 def export(
     run: Run,
-    to: Annotated[pathlib.Path, typer.Option(help="folder to make, e.g. saved_models/NAME")],
-    format: Annotated[str, typer.Option(help="saved_model")] = "saved_model",
+    to: Annotated[pathlib.Path, typer.Option(help="folder to make, e.g. saved_models/NAME; MODEL.TAG.safetensors")],
+    format: Annotated[str, typer.Option(help="saved_model or weights")] = "saved_model",
 ) -> None:
     """Export the model of a run; the artefact is reloaded in a fresh process and compared first."""
     with quiet_start():

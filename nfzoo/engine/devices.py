@@ -25,9 +25,7 @@ class Devices:
 
     def __post_init__(self):
         if self.processes > 1 and self.coordinator is None:
-            raise ValueError(
-                f"Expected coordinator=HOST:PORT for processes={self.processes}. Received: none"
-            )
+            raise ValueError(f"Expected coordinator=HOST:PORT for processes={self.processes}. Received: none")
         if not 0 <= self.process_id < self.processes:
             raise ValueError(f"Expected 0 <= process_id < {self.processes}. Received: {self.process_id}")
         if self.coordinator is not None and keras.config.backend() != "jax":
