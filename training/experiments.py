@@ -70,6 +70,22 @@ _PHOTOS = {
     "agc": None, "batch_size": 64, "epochs": 6,
 }  # fmt: skip
 
+_CHANCE = (1.0, 0.1)
+
+
+def _rates(
+    name: str, model: str, expected: dict[float, tuple[float, float]], source: str, build: dict | None = None
+) -> list[Row]:
+    """A row of a paper's table: its learning rates, with what it found and twice its deviation."""
+    return [
+        Row(
+            name if rate == 1e-3 else f"{name}, lr {rate:g}", model, build=build or {}, seeds=_SEEDS, expected=mean,
+            changes={} if rate == 1e-3 else {"optimizer.learning_rate": rate}, tolerance=tolerance, source=source,
+        )
+        for rate, (mean, tolerance) in expected.items()
+    ]  # fmt: skip
+
+
 TABLES: dict[str, list[Row]] = {
     # CIFAR-100 at 32x32 under the poster's recipe, but 3 epochs instead of 20.
     "first_look": [
@@ -79,21 +95,32 @@ TABLES: dict[str, list[Row]] = {
         Row("SN, no MP", "sn_efficientnet_b0", changes=_EARLY, build=_NO_MP, expected=15.4, source=_POSTER_CODE),
         Row("NF, AGC 0.01", "nf_efficientnet_b0", changes={**_EARLY, "agc": 0.01}),
     ],
-    # The poster's Table 1 at its best learning rate, 20 epochs, and the normalizer-free network under the same recipe.
+    # The poster's Table 1, and what it leaves out, by the same protocol.
     "poster_table1": [
-        Row("BN", "bn_efficientnet_b0", seeds=_SEEDS, expected=33.5, tolerance=1.6, source=_POSTER),
-        Row("no BN", "none_efficientnet_b0", seeds=_SEEDS, expected=1.0, tolerance=0.1, source=_POSTER),
-        Row("SN, MP", "sn_efficientnet_b0", seeds=_SEEDS, expected=29.2, tolerance=1.0, source=_POSTER),
-        Row(
-            "SN, no MP", "sn_efficientnet_b0", build=_NO_MP, seeds=_SEEDS, expected=30.0, tolerance=1.0, source=_POSTER
-        ),
+        *_rates("BN", "bn_efficientnet_b0", {1e-3: (33.5, 1.6), 1e-2: (13.9, 6.8), 1e-1: (1.2, 0.8)}, _POSTER),
+        *_rates("no BN", "none_efficientnet_b0", {rate: _CHANCE for rate in (1e-3, 1e-2, 1e-1)}, _POSTER),
+        *_rates("SN, MP", "sn_efficientnet_b0", {1e-3: (29.2, 1.0), 1e-2: _CHANCE, 1e-1: _CHANCE}, _POSTER),
+        *_rates("SN, no MP", "sn_efficientnet_b0", {1e-3: (30.0, 1.0), 1e-2: _CHANCE, 1e-1: _CHANCE}, _POSTER, _NO_MP),
         Row("NF, AGC 0.01", "nf_efficientnet_b0", changes={"agc": 0.01}, seeds=_SEEDS),
+        Row("NF, no AGC", "nf_efficientnet_b0"),
+        Row("GN", "gn_efficientnet_b0"),
+        Row("SkipInit", "skipinit_efficientnet_b0"),
+        Row("Fixup", "fixup_efficientnet_b0"),
+        Row("no BN, He by fan-in", "none_efficientnet_b0", build={"init": "he"}),
+        Row("BN, small stem", "bn_efficientnet_b0", build={"stem": "small"}),
+        Row("NF, AGC 0.01, small stem", "nf_efficientnet_b0", changes={"agc": 0.01}, build={"stem": "small"}),
     ],
     # The poster's Figures 1 to 3: ten linear layers. Without scale and shift the first normalization keeps its own.
     "ffnn_gradients": [
         Row("no BN", "none_ffnn_10x512", expected=19.5, **_FFNN),
         Row("BN without scale and shift", "bn_ffnn_10x512", build=_FIXED, expected=18.4, **_FFNN),
         Row("BN", "bn_ffnn_10x512", expected=23.9, **_FFNN),
+    ],
+    # The thesis behind the poster, Table 3: ten linear layers, all learning rates.
+    "ffnn_table3": [
+        *_rates("FFNN, no BN", "none_ffnn_10x512", {1e-3: (19.5, 1.0), 1e-2: (2.2, 4.8), 1e-1: _CHANCE}, _THESIS),
+        *_rates("FFNN, BN", "bn_ffnn_10x512", {1e-3: (23.9, 0.6), 1e-2: (19.5, 1.4), 1e-1: (8.6, 8.0)}, _THESIS),
+        *_rates("FFNN, BN without scale and shift", "bn_ffnn_10x512", {1e-3: (18.4, 0.4)}, _THESIS, _FIXED),
     ],
     # The poster's Figures 4 and 5: every layer's signals while training, over the first 5 of its 20 epochs.
     "efficientnet_signals": [

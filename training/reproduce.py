@@ -1,6 +1,7 @@
 """Run the rows of a table that are missing, append them to training/results/TABLE.csv, print expected against got.
 
     python training/reproduce.py first_look --data-dir ~/tensorflow_datasets
+    python training/reproduce.py poster_table1 --lr 0.001 --seeds 868
 
 A row is done when its line (same model, build, recipe fingerprint and seed) is in the CSV; a killed run resumes.
 """
@@ -82,14 +83,16 @@ def report(table: str, results: pd.DataFrame, console: Console) -> None:
 def run_missing(
     table: str, data_dir: str | None, runs: pathlib.Path, console: Console, seeds: Sequence[int] = (),
     dry_run: bool = False, collect: Callable[[Row, int, pathlib.Path], None] = lambda row, seed, folder: None,
+    wanted: Callable[[Row], bool] = lambda row: True,
 ) -> pd.DataFrame:  # fmt: skip
     """Train what a table lacks, line by line of its CSV; return the CSV.
 
-    `collect` sees the folder of each run before its line is written: a run with a line has been collected.
+    `collect` sees the folder of each run before its line is written: a run with a line has been collected. Rows that
+    are not `wanted` are left out.
     """
     path = RESULTS / f"{table}.csv"
     results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
-    for row in TABLES[table]:
+    for row in filter(wanted, TABLES[table]):
         for seed in seeds or row.seeds:
             recipe = recipe_of(row, seed, data_dir)
             resolved = engine.options(row.model, recipe, row.build)
@@ -115,6 +118,8 @@ def main(
     data_dir: Annotated[str | None, typer.Option(help="of tensorflow-datasets; default: TFDS_DATA_DIR")] = None,
     runs: Annotated[pathlib.Path, typer.Option(help="where the runs go")] = pathlib.Path("runs/experiments"),
     seeds: Annotated[str | None, typer.Option(help="only these, separated by commas; default: the row's")] = None,
+    lr: Annotated[float | None, typer.Option(help="only rows of this learning rate")] = None,
+    rows: Annotated[str | None, typer.Option(help="only these, separated by semicolons")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is missing and stop")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the CSV and stop")] = False,
 ) -> None:
@@ -126,7 +131,17 @@ def main(
         print(markdown(table, pd.read_csv(RESULTS / f"{table}.csv")))
         return
     chosen = () if seeds is None else [int(seed) for seed in seeds.split(",")]
-    results = run_missing(table, data_dir, runs, console, chosen, dry_run)
+    named = None if rows is None else {name.strip() for name in rows.split(";")}
+    if unknown := (named or set()) - {row.name for row in TABLES[table]}:
+        raise typer.BadParameter(
+            f"Expected rows of {table}: {'; '.join(r.name for r in TABLES[table])}. Got: {unknown}"
+        )
+
+    def wanted(row: Row) -> bool:
+        rate = recipe_of(row, 0, None).optimizer.learning_rate
+        return (lr is None or rate == lr) and (named is None or row.name in named)
+
+    results = run_missing(table, data_dir, runs, console, chosen, dry_run, wanted=wanted)
     report(table, results, console)
 
 
