@@ -171,10 +171,13 @@ class Checkpoints(keras.callbacks.Callback):
         folder: of the checkpoints; None for a process that leaves them to another one.
         state: history of the epochs that are done, which grows; step, counters and seconds of the one that goes on.
         guard: tells that the loss is not finite any more; then nothing is written.
+        alone: False where other processes share the batches. They do not hear of a SIGTERM at the same step, and saving
+            takes all of them: the run ends there, and goes on after the last whole epoch.
     """
 
-    def __init__(self, folder: pathlib.Path | None, state: Any, guard: StopOnNaN):
+    def __init__(self, folder: pathlib.Path | None, state: Any, guard: StopOnNaN, alone: bool = True):
         super().__init__()
+        self.alone = alone
         self.folder, self.history, self.guard = folder, state.history, guard
         self.step, self.counters, self.seconds = state.step, state.counters, state.seconds
         self.terminated = False
@@ -198,12 +201,15 @@ class Checkpoints(keras.callbacks.Callback):
                 variable.assign(value.astype(variable.dtype))
 
     def on_train_batch_end(self, batch, logs=None) -> None:
-        if self.terminated and not self.guard.diverged and batch + 1 < self.params["steps"]:
-            sync(self.model)
-            step = self.step + batch + 1
-            counters = [keras.ops.convert_to_numpy(v).tolist() for v in self.model.metrics_variables]
-            self._save(f"{self.epoch}-{step}", self.epoch, step=step, counters=counters, seconds=self._seconds())
-            raise Terminated(f"step {step} of epoch {self.epoch + 1}")
+        step = self.step + batch + 1
+        if not self.terminated or self.guard.diverged or batch + 1 == self.params["steps"]:
+            return
+        if not self.alone:
+            raise Terminated(f"epoch {self.epoch}")
+        sync(self.model)
+        counters = [keras.ops.convert_to_numpy(v).tolist() for v in self.model.metrics_variables]
+        self._save(f"{self.epoch}-{step}", self.epoch, step=step, counters=counters, seconds=self._seconds())
+        raise Terminated(f"step {step} of epoch {self.epoch + 1}")
 
     def on_epoch_end(self, epoch, logs=None) -> None:
         if self.guard.diverged:

@@ -90,7 +90,7 @@ def _train(resolved, recipe, out, taps, signals, keep_model, console, devices) -
     batches = data.pipeline(images, recipe, devices.shard)
     guard, average = callbacks.StopOnNaN(), callbacks.AverageWeights()
     progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), recipe.epochs, console)
-    keeper = callbacks.Checkpoints(out / "checkpoints" if devices.leads else None, state, guard)
+    keeper = callbacks.Checkpoints(out / "checkpoints" if devices.leads else None, state, guard, devices.processes == 1)
     steps = [data.EpochClock(batches["train"], batches["validation"]), guard, average, progress, watch, keeper]
     began = time.perf_counter()
     try:
