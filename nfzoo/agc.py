@@ -109,12 +109,19 @@ def unit_axes(model: keras.Model, exclude: Iterable[str] = (), vector_units: str
     Raises:
         ValueError: for a pattern that matches nothing, or a variable whose units the table does not tell.
     """
-    owner, result = owners(model), {}
+    owner = {id(v): layer for layer in model._flatten_layers() for v in layer.variables}
+    result: dict[str, Axes | None] = {}
     # A frozen variable is not clipped, but a pattern may name it.
     unused = {p for p in exclude if not any(matches(p, v.path) for v in model.weights)}
     for variable in model.trainable_variables:
         hits = any(matches(p, variable.path) for p in exclude)
-        result[variable.path] = None if hits else _axes(owner[variable.path], variable, vector_units)
+        axes = None if hits else _axes(owner[id(variable)], variable, vector_units)
+        if result.get(variable.path, axes) != axes:  # Keras keeps paths apart in one model, not in nested ones
+            raise ValueError(
+                f"Expected variables of one path to have one kind of units. Received: two called {variable.path} with "
+                f"{result[variable.path]} and {axes}; give their layers, or the models around them, other names"
+            )
+        result[variable.path] = axes
     if unused:
         raise ValueError(
             f"Expected each exclude pattern of AGC to match a variable. Received: {sorted(unused)}, which "

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -230,6 +231,9 @@ class Checkpoints(keras.callbacks.Callback):
         path = self.folder / f"model-{name}.keras"
         with atomic(path) as partial:
             self.model.save(partial)
+            with zipfile.ZipFile(partial) as content:
+                if bad := content.testzip():
+                    raise OSError(f"Expected a whole checkpoint. Received: {partial}, in which {bad} is damaged")
             digest = sha256(partial)
         random = [keras.ops.convert_to_numpy(v).tolist() for v in random_states(self.model)]
         description = {"epoch": epoch, "sha256": digest, "history": self.history, "random": random, **rest}
@@ -261,18 +265,18 @@ def pairs(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(numbered, key=numbered.get, reverse=True)
 
 
-def latest(folder: pathlib.Path, warn) -> tuple[pathlib.Path, dict] | None:
-    """The newest checkpoint that verifies, with its description; what is passed over is said through `warn`."""
+def sound(folder: pathlib.Path, warn) -> Iterator[tuple[pathlib.Path, dict]]:
+    """Checkpoints that verify, with their descriptions, newest first; what is passed over is said through `warn`."""
     for path in pairs(folder):
         try:
             description = json.loads(path.with_suffix(".json").read_text())
             if sha256(path) == description["sha256"]:
-                return path, description
+                yield path, description
+                continue
             reason = "its content is not what was written"
         except (OSError, ValueError, KeyError) as error:
             reason = f"its description cannot be read ({type(error).__name__})"
         warn(f"checkpoint {path.name} is damaged: {reason}; looking for an older one")
-    return None
 
 
 def write_history(path: pathlib.Path, rows: list[dict]) -> None:

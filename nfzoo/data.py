@@ -5,6 +5,7 @@ seen, and nothing here needs TensorFlow unless a tensorflow-datasets name is ask
 """
 
 import functools
+import math
 import pathlib
 from dataclasses import dataclass, replace
 
@@ -116,6 +117,7 @@ class Batches(keras.utils.PyDataset):
         classes: give labels as one-hot vectors of so many; mixing needs it.
         shard: (i, n) for process i of n: images i, i + n, … of every batch. Each process makes the whole batch, so that
             together they see what one alone would; only a last batch that n does not divide loses its end.
+        multiple: cut the last batch to a multiple of this, so that devices have equal parts.
 
     Raises:
         ValueError: for mixing without classes, or a batch that does not divide among the processes.
@@ -130,13 +132,15 @@ class Batches(keras.utils.PyDataset):
     def __init__(
         self, split: Split, batch_size: int, mean, std, *, seed: int = 0, shuffle: bool = False,
         augment: Augment | None = None, epoch: int = 0, classes: int | None = None, shard: tuple[int, int] = (0, 1),
+        multiple: int = 1,
     ):  # fmt: skip
         super().__init__()
         if augment is not None and augment.mixes and classes is None:
             raise ValueError("Expected classes for mixup and cutmix, whose labels are vectors. Received: None")
-        if not 0 <= shard[0] < shard[1] or batch_size % shard[1]:
+        self.multiple = math.lcm(multiple, shard[1])
+        if not 0 <= shard[0] < shard[1] or batch_size % self.multiple:
             raise ValueError(
-                "Expected shard=(i, n) with i < n, and a batch size that n divides. "
+                f"Expected shard=(i, n) with i < n, and a batch size that {self.multiple} divides. "
                 f"Received: {shard}, batch size {batch_size}"
             )
         self.split, self.batch_size, self.seed, self.shuffle = split, batch_size, seed, shuffle
@@ -148,7 +152,7 @@ class Batches(keras.utils.PyDataset):
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.split), self.batch_size)
-        return len(range(whole + (rest >= self.shard[1]))[slice(*self.window)])
+        return len(range(whole + (rest >= self.multiple))[slice(*self.window)])
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         step += self.window[0]
@@ -160,7 +164,7 @@ class Batches(keras.utils.PyDataset):
         if self.augment is not None:
             images, labels = augmented(images, labels, self.augment, (self.seed, self.epoch, step))
         process, processes = self.shard
-        mine = slice(process, len(labels) // processes * processes, processes)
+        mine = slice(process, len(labels) // self.multiple * self.multiple, processes)
         return images[mine] * self.scale + self.offset, labels[mine]
 
     def on_epoch_end(self) -> None:
@@ -186,16 +190,16 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, 3]).permutation(n)
 
 
-def pipeline(images: Images, recipe: Recipe, shard: tuple[int, int] = (0, 1)) -> dict[str, Batches]:
+def pipeline(images: Images, recipe: Recipe, shard: tuple[int, int] = (0, 1), multiple: int = 1) -> dict[str, Batches]:
     """The three streams of a run: train (shuffled, augmented), validation, test; labels one-hot in all if in one.
 
     Args:
         images: a data set.
         recipe: its batch size, seed and augmentation.
-        shard: see `Batches`.
+        shard, multiple: see `Batches`.
     """
     common = {"batch_size": recipe.batch_size, "mean": images.mean, "std": images.std, "seed": recipe.seed}
-    common |= {"classes": len(images.classes) if recipe.one_hot else None, "shard": shard}
+    common |= {"classes": len(images.classes) if recipe.one_hot else None, "shard": shard, "multiple": multiple}
     on_validation = recipe.augment if recipe.augment.on_validation else None
     return {
         "train": Batches(images.train, shuffle=True, augment=recipe.augment, **common),

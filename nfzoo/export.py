@@ -1,10 +1,11 @@
-"""Export a trained model; every artefact is reloaded by its own runtime in a fresh process and compared first."""
+"""Export a trained model; every artefact is reloaded and compared first, a SavedModel by TensorFlow alone."""
 
 import hashlib
 import importlib.util
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,11 +86,13 @@ def export(run: str | pathlib.Path, to: str | pathlib.Path, format: str = "saved
 
 
 def _weights(model, to: pathlib.Path, x: np.ndarray) -> dict:
-    weights.save(model, to)
-    again = keras.models.clone_model(model)
-    weights.load(again, to)
-    expected = model.predict(x, verbose=0)
-    difference = float(np.abs(again.predict(x, verbose=0) - expected).max() / np.abs(expected).max())
+    with tempfile.TemporaryDirectory() as folder:
+        partial = weights.save(model, pathlib.Path(folder) / to.name)
+        again = keras.models.clone_model(model)
+        weights.load(again, partial)
+        difference = _difference(again.predict(x, verbose=0), model.predict(x, verbose=0))
+        with atomic(to) as beside:
+            shutil.copyfile(partial, beside)
     return {"weights": to.name, "sha256": sha256(to), "largest_relative_difference": difference}
 
 
@@ -115,7 +118,11 @@ def _verify(artefact: pathlib.Path, x: np.ndarray, expected: np.ndarray, folder:
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"Expected the artefact to load with TensorFlow alone. Received: {last}")
-    difference = float(np.abs(np.load(outputs) - expected).max() / np.abs(expected).max())
+    return _difference(np.load(outputs), expected)
+
+
+def _difference(outputs: np.ndarray, expected: np.ndarray) -> float:
+    difference = float(np.abs(outputs - expected).max() / np.abs(expected).max())
     if not difference <= TOLERANCE:
         raise ValueError(
             f"Expected the outputs of the model within {TOLERANCE}. Received: a difference of {difference:.2g}"

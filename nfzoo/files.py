@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,9 @@ def atomic(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     partial = path.with_name(f".partial-{path.name}")
     try:
         yield partial
+        if partial.is_file():
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())  # the name must not be on the disk before the content
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

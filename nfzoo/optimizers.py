@@ -26,6 +26,9 @@ def innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimiz
 def clipped_updates(optimizer: keras.optimizers.Optimizer, agc: AGC, units: dict[str, Axes | None]) -> Iterator[None]:
     """While this lasts, every update of the optimizer clips its gradient first.
 
+    The limit is taken from the weights as the update finds them: optimizers of Keras' own with `weight_decay` have
+    decayed them by then, those of this module have not.
+
     Args:
         optimizer: any of Keras', built or not, wrapped or not.
         agc: clip factor and floor.
@@ -67,7 +70,8 @@ class AdaptiveGradientClipping(keras.optimizers.Optimizer):
         units: in place of a model, as `AGC.units` returns them; a saved optimizer keeps them.
 
     Raises:
-        ValueError: if AGC does not know the units of a variable, or a pattern of `agc.exclude` matches none.
+        ValueError: if AGC does not know the units of a variable, a pattern of `agc.exclude` matches none, or the
+            inner optimizer scales the loss or clips like this one.
 
     Example:
         >>> x = keras.Input((4,))
@@ -91,8 +95,15 @@ class AdaptiveGradientClipping(keras.optimizers.Optimizer):
     ):
         if (model is None) == (units is None):
             raise ValueError(f"Expected a model or units, one of the two. Received: model={model}, units={units}")
+        if model is not None and not model.built:
+            raise ValueError("Expected a built model, whose variables are there. Received: one that is not; build it")
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = keras.optimizers.get(inner_optimizer)
+        if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer | AdaptiveGradientClipping):
+            raise ValueError(
+                f"Expected an optimizer that updates. Received: a {type(self.inner_optimizer).__name__}; clip once; "
+                "scale the loss around it, as compile does under mixed_float16"
+            )
         self.agc = agc or AGC()
         found = self.agc.units(model) if units is None else units
         self._units = _Plain({path: None if axes is None else tuple(axes) for path, axes in found.items()})
@@ -104,6 +115,7 @@ class AdaptiveGradientClipping(keras.optimizers.Optimizer):
 
     def build(self, variables) -> None:
         if not self.built:
+            self._units = _Plain(_renamed(self._units.content, [v.path for v in variables]))
             self.inner_optimizer.build(variables)
             super().build(variables)
 
@@ -161,6 +173,14 @@ class AdaptiveGradientClipping(keras.optimizers.Optimizer):
     def from_config(cls, config: dict, custom_objects=None):
         inner = keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects=custom_objects)
         return cls(inner, agc=AGC.from_config(config["agc"]), units=config["units"], name=config["name"])
+
+
+def _renamed(units: dict, paths: list[str]) -> dict:
+    """Units by the paths that variables have now: Keras loads a Sequential model under another name than it had."""
+    before = list(units)
+    ends = lambda path: path.split("/")[-2:]  # noqa: E731
+    alike = len(before) == len(paths) and all(ends(a) == ends(b) for a, b in zip(before, paths, strict=True))
+    return dict(zip(paths, units.values(), strict=True)) if alike else units
 
 
 class _Plain:

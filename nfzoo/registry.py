@@ -88,7 +88,8 @@ def build(
         input_shape: (height, width, channels); height and width may be None.
         input_tensor: a Keras tensor to build upon.
         classifier_activation: None gives logits (train with `from_logits=True`), "softmax" probabilities.
-        include_preprocessing: take raw images in [0, 255] and standardize them with ImageNet's constants.
+        include_preprocessing: take raw images in [0, 255] and standardize them with ImageNet's constants, or with those
+            that the weights of a tag were trained with.
         dropout_rate, drop_path_rate: before the classifier; stochastic depth of the last block.
         stem: "imagenet" (stride 2) or "small" (stride 1, for 32x32 images).
         features_only: return the last map of each stride as {"P2": …, "P5": …}, strides 4 to 32; EfficientNets have P1
@@ -133,13 +134,14 @@ def build(
             input_tensor=input_tensor, classifier_activation=classifier_activation, features_only=features_only,
             include_preprocessing=include_preprocessing, out_indices=out_indices, name=name, **overrides,
         )  # fmt: skip
-    parsed = parse(architecture)
+    parsed, preprocessing = parse(architecture), PREPROCESSING
     if isinstance(weights, str):
         from nfzoo.weights import entry_of
 
         if stored := entry_of(str(parsed), weights):  # they are of a network with overrides, classes and a size
             overrides = stored.get("build", {}) | overrides
             classes = len(stored["classes"]) if classes is None and "classes" in stored else classes
+            preprocessing = stored.get("input", preprocessing)
             if input_shape is None and input_tensor is None and "input" in stored:
                 input_shape = tuple(stored["input"]["shape"][1:])
     variant, spec = resolve_fields(parsed, overrides)
@@ -156,7 +158,7 @@ def build(
         FAMILIES[parsed.family], spec, variant,
         classes=classes, include_top=include_top, pooling=pooling, input_shape=input_shape, input_tensor=input_tensor,
         classifier_activation=classifier_activation, include_preprocessing=include_preprocessing,
-        features_only=features_only, out_indices=out_indices, name=name or str(parsed),
+        features_only=features_only, out_indices=out_indices, name=name or str(parsed), preprocessing=preprocessing,
     )  # fmt: skip
     if weights is not None:
         from nfzoo.weights import load
@@ -175,7 +177,7 @@ def overrides_of(options: dict) -> dict:
 
 def _assemble(
     module, spec, variant, *, classes, include_top, pooling, input_shape, input_tensor, classifier_activation,
-    include_preprocessing, features_only, out_indices, name,
+    include_preprocessing, features_only, out_indices, name, preprocessing,
 ):  # fmt: skip
     """Put image, preprocessing, the family's body, pooling and head together."""
     import keras
@@ -192,7 +194,7 @@ def _assemble(
     if include_preprocessing:
         if shape[-1] != 3:
             raise ValueError(f"Expected three channels for include_preprocessing=True. Received: input_shape={shape}")
-        mean, std = PREPROCESSING["mean"], PREPROCESSING["std"]
+        mean, std = preprocessing["mean"], preprocessing["std"]
         scale, offset = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
         x = layers.Rescaling(scale, offset, name="preprocess")(x)
     x, pyramid = module.body(spec, variant, x)

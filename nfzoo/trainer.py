@@ -10,7 +10,7 @@ import keras
 from nfzoo import agc as clipping
 from nfzoo import layers
 from nfzoo.backend import Step
-from nfzoo.optimizers import clipped_updates
+from nfzoo.optimizers import AdaptiveGradientClipping, clipped_updates
 
 # Keras walks the graph of a model recursively, one frame per layer: the CIFAR ResNet of 1202 layers is deeper than
 # Python's default of 1000 allows, when it is built and when it is loaded.
@@ -44,6 +44,8 @@ class NFModel(Step, keras.Model):
         if agc is not None and not isinstance(agc, clipping.AGC):
             raise TypeError(f"Expected agc to be an nfzoo.AGC or None. Received: agc={agc!r}")
         super().compile(*args, **kwargs)
+        if agc is not None and _clips(self.optimizer):
+            raise ValueError("Expected agc, or an AdaptiveGradientClipping optimizer. Received: both; clip once")
         self.agc = agc
         self._agc_units = None if agc is None else agc.units(self)
 
@@ -97,3 +99,11 @@ class NFModel(Step, keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built and self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
+
+
+def _clips(optimizer: keras.optimizers.Optimizer | None) -> bool:
+    while optimizer is not None:
+        if isinstance(optimizer, AdaptiveGradientClipping):
+            return True
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return False

@@ -118,3 +118,43 @@ def test_a_variable_from_elsewhere_is_told():
         other.fit(np.ones((2, 6)), np.ones((2, 2)), verbose=0)
     with pytest.raises(ValueError, match="a model or units"):
         AdaptiveGradientClipping("sgd")
+
+
+def test_a_sequential_model_goes_on_after_loading(tmp_path):
+    """Keras names its variables otherwise after loading."""
+    x = np.random.default_rng(0).normal(size=(12, 6))
+    layers = [keras.layers.Dense(4, name="hidden"), keras.layers.Dense(2, name="head")]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    model.compile(AdaptiveGradientClipping("sgd", model, nfzoo.AGC(0.02)), "mse")
+    model.fit(x, np.ones((12, 2)), verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    for one in (model, again):
+        one.fit(x, np.ones((12, 2)), shuffle=False, verbose=0)
+    for a, b in zip(model.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_would_clip_wrongly_is_refused():
+    model = convolutional()
+    clipping = AdaptiveGradientClipping("sgd", model, nfzoo.AGC())
+    with pytest.raises(ValueError, match="both; clip once"):
+        model.compile(clipping, "mse", agc=nfzoo.AGC())
+    for inner in (clipping, keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())):
+        with pytest.raises(ValueError, match="an optimizer that updates"):
+            AdaptiveGradientClipping(inner, model)
+    with pytest.raises(ValueError, match="a built model"):
+        AdaptiveGradientClipping("sgd", keras.Sequential([keras.layers.Dense(2)]))
+
+
+def test_one_path_of_two_kinds_is_refused():
+    """Nested models may hold two variables of one path."""
+    parts = []
+    for layer in (keras.layers.DepthwiseConv2D(3, name="conv"), keras.layers.Conv2D(3, 3, name="conv")):
+        x = keras.Input((8, 8, 3))
+        parts.append(keras.Model(x, layer(x)))
+    x = keras.Input((8, 8, 3))
+    model = keras.Model(x, parts[1](keras.layers.ZeroPadding2D(name="pad")(parts[0](x))))
+    assert len({v.path for v in model.trainable_variables}) < len(model.trainable_variables)
+    with pytest.raises(ValueError, match="two called .*conv/"):
+        nfzoo.AGC(exclude=()).units(model)

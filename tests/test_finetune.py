@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 import nfzoo
-from nfzoo import callbacks, engine, recipes, spp, weights
+from nfzoo import callbacks, data, engine, recipes, spp, weights
 from nfzoo.convert import published
+from nfzoo.engine import learning
 
 MODEL = "bn_test_ffnn"  # with moving statistics, which have to rest as well
 HEAD = {"head/kernel", "head/bias"}
@@ -232,3 +233,17 @@ def test_on_real_photos_by_class(tmp_path, console):
     recipe = recipes.override(recipes.get("finetune"), changes)
     metrics = engine.run("nf_test_resnet", recipe, tmp_path / "run", overrides={"weights": str(body)}, console=console)
     assert metrics["status"] == "complete" and metrics["test_accuracy"] > 0.15  # chance: 0.1
+
+
+def test_a_tag_brings_its_overrides_to_fine_tuning(monkeypatch):
+    import pathlib
+
+    monkeypatch.setenv("NFZOO_HOME", str(pathlib.Path(nfzoo.__file__).parents[1] / "saved_models"))
+    recipe = recipes.override(recipes.get("finetune"), {"data.name": "digits", "data.image_size": 32})
+    images = data.load(recipe.data)
+    resolved = engine.options("bn_efficientnet_b0", recipe, {"weights": "cifar100"})
+    net = learning.new_model(resolved, images, recipe)
+    trained = nfzoo.build("bn_efficientnet_b0", weights="cifar100")
+    norms = [model.get_layer("stem_norm1") for model in (net, trained)]
+    assert norms[0].epsilon == norms[1].epsilon == 1e-5 and net.output_shape == (None, 10)
+    np.testing.assert_array_equal(net.get_layer("top_conv").kernel, trained.get_layer("top_conv").kernel)

@@ -111,7 +111,7 @@ ALLOWED = {
     "spp/reduction.py": {"agc", "spp.stats", "spp.taps"},
     "spp/probe.py": {"backend", "spp.reduction"},
     "spp/live.py": {"backend", "spp.reduction", "spp.stats"},
-    "spp/callback.py": {"alarms", "backend", "report", "spp.reduction", "spp.stats"}
+    "spp/callback.py": {"alarms", "backend", "optimizers", "report", "spp.reduction", "spp.stats"}
     | {f"spp.{n}" for n in ("board", "live", "log", "probe")},
     "sources.py": {"recipes"},
     "data.py": {"augment", "recipes", "files", "sources"},

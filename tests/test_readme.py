@@ -49,7 +49,7 @@ def test_commands_of_the_readme_are_accepted(command, monkeypatch, capsys, tmp_p
     """Those that train or scan resolve in a dry run; those that need a trained run at least say so."""
     words = shlex.split(command)
     monkeypatch.chdir(tmp_path)
-    if words[1] in ("train", "scan", "doctor"):
+    if words[1] in ("train", "scan", "lr-find", "doctor"):
         words.append("--dry-run")
     if words[1] == "data":
         words = ["nfzoo", "data", "--help"]

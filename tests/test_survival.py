@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -250,3 +251,68 @@ def test_an_empty_folder_is_not_left_behind(tmp_path, console):
     with folders.locked(tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").exists()
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_fail_when_the_network_compiles_leave_no_folder(tmp_path, console):
+    with pytest.raises(ValueError, match="nothere"):
+        _run(tmp_path / "run", console, _recipe(**{"optimizer.groups": [{"pattern": "nothere"}]}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_was_written_badly(tmp_path, monkeypatch, console):
+    """Half a zip is noticed before it takes a checkpoint's name; one that does not load is passed over."""
+    out, save = tmp_path / "run", callbacks.keras.Model.save
+
+    def half(self, path, **options):
+        save(self, path, **options)
+        if "model-2" in str(path):
+            content = pathlib.Path(path).read_bytes()
+            pathlib.Path(path).write_bytes(content[: len(content) // 2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.keras.Model, "save", half)
+        with pytest.raises(Exception, match="zip|whole checkpoint"):
+            _run(out, console)
+    assert [p.name for p in callbacks.pairs(out / "checkpoints")] == ["model-1.keras"]
+    load = callbacks.keras.saving.load_model
+    (out / "checkpoints" / "model-2.keras").write_bytes(b"no model")
+    said = json.loads((out / "checkpoints" / "model-1.json").read_text())
+    said |= {"epoch": 2, "sha256": callbacks.sha256(out / "checkpoints" / "model-2.keras")}
+    (out / "checkpoints" / "model-2.json").write_text(json.dumps(said))
+    assert _run(out, console)["status"] == "complete" and load is callbacks.keras.saving.load_model
+    text = console.export_text()
+    assert "model-2.keras does not load" in text and "after epoch 1" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_signals_of_half_precision_resume(tmp_path, monkeypatch, console, accumulate):
+    """A loss scale leaves out steps whose gradient overflows: the optimizer counts fewer than the run."""
+    changes = {"precision": "mixed_float16", "optimizer.accumulate": accumulate}
+    made, logs = keras.optimizers.LossScaleOptimizer.__init__, []
+
+    def overflowing(self, inner, **options):
+        made(self, inner, **{**options, "initial_scale": 2.0**30})
+
+    monkeypatch.setattr(keras.optimizers.LossScaleOptimizer, "__init__", overflowing)
+    for stop in (False, True):
+        out = tmp_path / str(stop)
+        if stop:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                _stop_after(patch, 2)
+                engine.run(MODEL, _recipe(**changes), out, overrides=BUILD, console=console)
+        engine.run(MODEL, _recipe(**changes), out, overrides=BUILD, console=console)
+        logs.append((out / "spp.jsonl").read_text())
+    steps = [sorted({json.loads(line)["step"] for line in log.splitlines()}) for log in logs]
+    assert steps[0] == steps[1] == [0, 4, 8, 12]
+
+
+def _stop_after(patch, epoch):
+    original = callbacks.Checkpoints.on_epoch_end
+
+    def on_epoch_end(self, number, logs=None):
+        original(self, number, logs)
+        if number + 1 == epoch:
+            raise KeyboardInterrupt
+
+    patch.setattr(callbacks.Checkpoints, "on_epoch_end", on_epoch_end)

@@ -45,7 +45,7 @@ def test_an_entry_tells_everything(key):
 
 
 def test_there_is_one_of_each_kind():
-    assert {"bn_efficientnet_b0.cifar100", "nf_efficientnet_b0.cifar100"} <= ENTRIES.keys()
+    assert {f"{kind}_efficientnet_b0.cifar100" for kind in ("bn", "sn", "nf")} <= ENTRIES.keys()
 
 
 def test_a_tag_is_a_default_and_no_more():
@@ -73,3 +73,13 @@ def test_weights_of_a_run_become_a_tag(tmp_path, monkeypatch):
         nfzoo.build("sn_test_efficientnet.mine")
     with pytest.raises(FileNotFoundError, match="Tags of sn_test_efficientnet: mine"):
         weights.load(again, "yours", "sn_test_efficientnet")
+
+
+def test_preprocessing_is_that_of_the_weights():
+    with np.load(pathlib.Path(__file__).parent / "data" / "cifar100_test.npz") as file:
+        images = file["images"][:8].astype("float32")
+    entry = ENTRIES["nf_efficientnet_b0.cifar100"]
+    x = (images / 255 - entry["input"]["mean"]) / entry["input"]["std"]
+    raw = nfzoo.build("nf_efficientnet_b0.cifar100", include_preprocessing=True)
+    plain = nfzoo.build("nf_efficientnet_b0.cifar100")
+    np.testing.assert_allclose(raw(images), plain(x.astype("float32")), atol=1e-3)

@@ -375,3 +375,13 @@ def test_scans_without_a_session_of_their_own_leave_random_state_to_the_runs(sca
     metrics = engine.run(row.model, recipe, alone, taps=None, keep_model=False, console=Console(quiet=True))
     assert (metrics["val_accuracy"], metrics["test_accuracy"]) == (row.val_accuracy, row.test_accuracy)
     keras.utils.clear_session()
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path, pretended):
+    arguments = {"models": ["sn_test_ffnn"], "seeds": [0], "out": tmp_path, "console": Console(quiet=True)}
+    tune.scan(learning_rates=[0.1], recipe=RECIPE, **arguments)
+    assert len(tune.scan(learning_rates=[0.1, 0.01], recipe=RECIPE, **arguments)) == 2  # more of an axis may come
+    with pytest.raises(ValueError, match="another recipe"):
+        tune.scan(learning_rates=[0.1], recipe=recipes.override(RECIPE, {"epochs": 7}), **arguments)
+    with pytest.raises(ValueError, match="another recipe"):
+        tune.scan(learning_rates=[0.1], recipe=RECIPE, overrides={"size": 64}, **arguments)

@@ -2,8 +2,8 @@
 
 Each module exports `Step` (a mixin for `keras.Model` with `train_step`), `conv(...)` (grouped too),
 `standardize_columns(...)`, `column_moments(...)`, `signals(...)`, `observe(...)`, `sync(model)`, which brings the
-variables of a model up to date in the middle of `fit`, `deterministic(wanted)` and `data_parallel()`; the active one
-is chosen here, once.
+variables of a model up to date in the middle of `fit`, `deterministic(wanted)`, `data_parallel()` and
+`device_count()`; the active one is chosen here, once.
 """
 
 import keras
@@ -41,6 +41,6 @@ else:
     )
 
 __all__ = [
-    "Step", "column_moments", "conv", "data_parallel", "deterministic", "observe", "scope", "signals",
+    "Step", "column_moments", "conv", "data_parallel", "deterministic", "device_count", "observe", "scope", "signals",
     "standardize_columns", "sync",
 ]  # fmt: skip

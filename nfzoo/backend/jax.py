@@ -87,6 +87,11 @@ def data_parallel():
     return keras.distribution.DataParallel(auto_shard_dataset=False).scope()
 
 
+def device_count() -> int:
+    """Devices that share a batch, those of other processes too."""
+    return jax.device_count()
+
+
 def sync(model: keras.Model) -> None:
     """Write the state that `fit` carries between steps back into the model's variables."""
     model.jax_state_sync()

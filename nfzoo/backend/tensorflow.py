@@ -86,10 +86,21 @@ def deterministic(wanted: bool):
         config.disable_op_determinism()
 
 
+@functools.cache
+def _mirrored() -> tf.distribute.Strategy:
+    """One for the process: collective operations of a second one are confused with the first's."""
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
 def data_parallel():
     """Where a model is made for all devices of this machine to share its batches."""
-    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    return tf.distribute.MirroredStrategy([device.name for device in devices]).scope()
+    return _mirrored().scope()
+
+
+def device_count() -> int:
+    """Devices that share a batch."""
+    return _mirrored().num_replicas_in_sync
 
 
 def sync(model: keras.Model) -> None:

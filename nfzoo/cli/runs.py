@@ -1,5 +1,6 @@
 """Commands on runs: train, eval, export, data."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Annotated
@@ -62,6 +63,7 @@ def train(
 
     names.parse(model)
     with quiet_start():
+        import nfzoo
         from nfzoo import engine
 
     if strategy not in ("none", "mirrored"):
@@ -69,8 +71,12 @@ def train(
     devices = engine.Devices(strategy == "mirrored", coordinator, processes, process_id)
     out = out or pathlib.Path("runs") / f"{model}-{resolved.seed}"
     registry.resolve(model, engine.options(model, resolved, overrides)["build"])
+    if not {"x", "y", "log_dir"}.isdisjoint(watched):
+        raise ValueError("Expected --signals other than x, y and log_dir. Received: one that the run decides")
+    nfzoo.SignalPropagation([0.0], **watched)  # says what is wrong with them
     if dry_run:
-        print(json.dumps({**engine.options(model, resolved, overrides), "out": str(out)}, indent=1))
+        shown = {"out": str(out), "taps": taps, "signals": watched, "devices": dataclasses.asdict(devices)}
+        print(json.dumps({**engine.options(model, resolved, overrides), **shown}, indent=1))
         return
     metrics = engine.run(
         model, resolved, out, overrides=overrides, taps=None if taps == "none" else taps, signals=watched,
@@ -103,7 +109,7 @@ def export(
     to: Annotated[pathlib.Path, typer.Option(help="folder to make, e.g. saved_models/NAME; MODEL.TAG.safetensors")],
     format: Annotated[str, typer.Option(help="saved_model or weights")] = "saved_model",
 ) -> None:
-    """Export the model of a run; the artefact is reloaded in a fresh process and compared first."""
+    """Export the model of a run; the artefact is reloaded and compared on real images first."""
     with quiet_start():
         from nfzoo.export import export
 

@@ -45,6 +45,11 @@ class Devices:
         """Which part of every batch this process reads: see `nfzoo.data.Batches`."""
         return self.process_id, self.processes
 
+    @property
+    def multiple(self) -> int:
+        """What the sizes of all batches are multiples of; known within `scope`."""
+        return backend.device_count() if self.mirrored or self.coordinator else 1
+
     @contextlib.contextmanager
     def scope(self):
         """Make and train a model on these devices while this lasts."""

@@ -1,8 +1,10 @@
 """What a recipe makes of a network: a model, compiled with its optimizer and its loss."""
 
+import contextlib
+
 import keras
 
-from nfzoo import data, names, optimizers, recipes, registry, schedules
+from nfzoo import data, names, optimizers, recipes, registry, schedules, weights
 from nfzoo.agc import AGC
 
 
@@ -14,8 +16,8 @@ def optimizer(recipe: recipes.Recipe, steps_per_epoch: int = 1) -> keras.optimiz
         steps_per_epoch: batches of an epoch, by which schedules count.
 
     Example:
-        >>> optimizer(recipes.get("poster")).name
-        'adam'
+        >>> type(optimizer(recipes.get("nfnet"), steps_per_epoch=100)).__name__
+        'MomentumSGD'
     """
     settings, ema = recipe.optimizer, recipe.ema
     kinds = {
@@ -49,7 +51,8 @@ def new_model(resolved: dict, images: data.Images, recipe: recipes.Recipe) -> ke
     if not recipe.frozen_epochs or model in names.USER_MODELS:
         return registry.build(model, classes=classes, **build)
     # The classifier is a new one, whatever the number of classes that the weights know.
-    if build["weights"] in registry.PUBLISHERS:  # they decide the dialect as well
+    if build["weights"] in registry.PUBLISHERS or weights.entry_of(model, str(build["weights"])):
+        # They decide the dialect, or overrides, as well.
         return registry.set_head(registry.build(model, **build), classes)
     body = registry.build(model, include_top=False, **build)
     net = registry.build(model, classes=classes, **{**build, "weights": None})
@@ -81,3 +84,14 @@ def _of_the_head(recipe: recipes.Recipe) -> recipes.Recipe:
     settings = {"groups": (), "learning_rate": rate, "per_256": False}
     chosen = recipe.optimizer.model_copy(update=settings)
     return recipe.model_copy(update={"optimizer": chosen, "schedule": recipes.Schedule(), "ema": None})
+
+
+@contextlib.contextmanager
+def precision(policy: str):
+    """Keras' policy for a while."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import keras
 import numpy as np
 
-from nfzoo import callbacks, data, recipes
+from nfzoo import callbacks, data, recipes, spp
 from nfzoo.engine import learning
 
 
@@ -37,19 +37,21 @@ def restore(out: pathlib.Path, warn: Callable[[str], None]) -> State | None:
         ValueError: if there are checkpoints, and all of them are damaged.
     """
     folder = out / "checkpoints"
-    found = callbacks.latest(folder, warn)
-    if found is None:
-        if callbacks.pairs(folder):
-            raise ValueError(
-                f"Expected a checkpoint that verifies. Received: {folder}, where none does; remove it to restart"
-            )
-        return None
-    path, said = found
-    net = keras.saving.load_model(path)
-    for variable, value in zip(callbacks.random_states(net), said["random"], strict=True):
-        variable.assign(np.array(value, variable.dtype))
-    counters = [np.array(value) for value in said.get("counters", [])]
-    return State(net, said["epoch"], said.get("step", 0), said["history"], counters, said.get("seconds", 0.0))
+    for path, said in callbacks.sound(folder, warn):
+        try:
+            net = keras.saving.load_model(path)
+        except Exception as error:  # Keras raises what its parts raise
+            warn(f"checkpoint {path.name} does not load ({type(error).__name__}: {error}); looking for an older one")
+            continue
+        for variable, value in zip(callbacks.random_states(net), said["random"], strict=True):
+            variable.assign(np.array(value, variable.dtype))
+        counters = [np.array(value) for value in said.get("counters", [])]
+        return State(net, said["epoch"], said.get("step", 0), said["history"], counters, said.get("seconds", 0.0))
+    if callbacks.pairs(folder):
+        raise ValueError(
+            f"Expected a checkpoint that verifies. Received: {folder}, where none does; remove it to restart"
+        )
+    return None
 
 
 def start(out: pathlib.Path, resolved: dict, recipe: recipes.Recipe, images: data.Images, warn: Callable) -> State:
@@ -77,6 +79,9 @@ def train(
         state.net.test_on_batch(*stream[0])  # makes the counters, for their values to be put back
     # The rest of an epoch is a `fit` of its own: Keras counts the steps of an epoch once.
     for end in sorted({state.epoch + 1, epochs} if state.step else {epochs}):
+        for step in steps:
+            if isinstance(step, spp.SignalPropagation):
+                step.steps_done = state.epoch * len(stream) + state.step
         stream.window = (state.step, until)
         state.net.fit(
             stream, validation_data=validation, epochs=end, initial_epoch=state.epoch, callbacks=steps, verbose=0,

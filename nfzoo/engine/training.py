@@ -64,7 +64,7 @@ def run(
         return done
     with (
         folder.locked(out) if devices.leads else contextlib.nullcontext(),
-        _precision(recipe.precision),
+        learning.precision(recipe.precision),
         devices.scope(),
         backend.deterministic(recipe.deterministic),
     ):
@@ -85,9 +85,11 @@ def _train(resolved, recipe, out, taps, signals, keep_model, console, devices) -
     if taps:
         signals = {**signals, "log_dir": out if devices.leads else None}  # others measure too: it takes all devices
         watch = _watch(state.net, images, recipe.one_hot, taps, signals, console)
-    if devices.leads:
+    batches = data.pipeline(images, recipe, devices.shard, devices.multiple)
+    if not (state.epoch or state.step):
+        learning.prepare(state.net, recipe, len(batches["train"]), frozen=bool(recipe.frozen_epochs))
+    if devices.leads:  # all that can be wrong with the settings has been said
         folder.record(out, resolved, images)
-    batches = data.pipeline(images, recipe, devices.shard)
     guard, average = callbacks.StopOnNaN(), callbacks.AverageWeights()
     progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), recipe.epochs, console)
     keeper = callbacks.Checkpoints(out / "checkpoints" if devices.leads else None, state, guard, devices.processes == 1)
@@ -128,24 +130,11 @@ def _watch(net, images: data.Images, one_hot: bool, taps: str, signals: dict, co
     return spp.SignalPropagation(x, y, **{"tell": tell, **options})
 
 
-@contextlib.contextmanager
-def _precision(policy: str):
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(policy)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
-
-
 def _fit(state: State, batches: dict, recipe: recipes.Recipe, steps: list, average) -> None:
     """Train from a state to the end: at first the classifier alone, if the recipe says so, then all layers."""
     for begin, end in itertools.pairwise(sorted({0, recipe.frozen_epochs, recipe.epochs})):
-        if state.epoch == begin and not state.step:  # else the checkpoint came compiled
-            learning.prepare(state.net, recipe, len(batches["train"]), frozen=end <= recipe.frozen_epochs)
-        for step in steps:
-            if isinstance(step, spp.SignalPropagation):
-                step.steps_before = begin * len(batches["train"])
+        if begin and state.epoch == begin and not state.step:  # else it was compiled, or the checkpoint came so
+            learning.prepare(state.net, recipe, len(batches["train"]))
         if state.epoch < end:
             train(state, batches, recipe, end, steps, average)
         if state.net.stop_training:

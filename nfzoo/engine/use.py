@@ -6,23 +6,25 @@ import keras
 import numpy as np
 
 from nfzoo import callbacks, data, recipes
+from nfzoo.engine import learning
 from nfzoo.engine.folder import read_options
 from nfzoo.files import finite
 
 
 def load_run(folder: str | pathlib.Path) -> keras.Model:
     """Load the trained model of a run, or its newest checkpoint."""
-    read_options(folder)
+    recipe = recipes.Recipe.model_validate(read_options(folder)["recipe"])
     folder = pathlib.Path(folder)
     path = folder / "model.keras"
     if not path.exists():
-        found = callbacks.latest(folder / "checkpoints", lambda text: None)
+        found = next(callbacks.sound(folder / "checkpoints", lambda text: None), None)
         if found is None:
             raise FileNotFoundError(
                 f"Expected a trained model in {folder}. Received: neither model.keras nor a checkpoint"
             )
         path = found[0]
-    return keras.saving.load_model(path)
+    with learning.precision(recipe.precision):  # else the optimizer comes without what scales its loss
+        return keras.saving.load_model(path)
 
 
 def evaluate(folder: str | pathlib.Path, source: str | None = None, data_dir: str | None = None) -> dict:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from nfzoo.alarms import Alarm, alarms
 from nfzoo.backend import sync
+from nfzoo.optimizers import innermost
 from nfzoo.spp.live import LiveSignals, attach, detach, live_signals
 from nfzoo.spp.log import SignalLog, write_meta
 from nfzoo.spp.probe import Probe, loss_of
@@ -95,7 +96,7 @@ class SignalPropagation(keras.callbacks.Callback):
         self._measured: int | None = None
         self._before: dict[str, np.ndarray] = {}
         self.epoch = self.step = self.start = 0
-        self.steps_before = 0  # steps that the optimizer has not counted, because another one took them
+        self.steps_done: int | None = None  # told by who knows: an optimizer may be a second one, or leave out steps
 
     def table(self) -> pd.DataFrame:
         """The records of this `fit`, and those that its log held before, as a table."""
@@ -161,7 +162,8 @@ class SignalPropagation(keras.callbacks.Callback):
         if self.x is not None:
             loss = None if self.y is None else loss_of(self.model, self.loss)
             self.probe = Probe(self.model, loss=loss, **self.options)
-        self.step = self.start = self.start_step = self.steps_before + _steps_taken(self.model.optimizer)
+        done = _steps_taken(self.model.optimizer) if self.steps_done is None else self.steps_done
+        self.step = self.start = self.start_step = done
         self._measured, self._compared, self.alarms = None, [], []
         if self.log is not None:
             self.log.rewind(self.step or -1)  # a start from nothing measures step 0 anew
@@ -225,6 +227,7 @@ class SignalPropagation(keras.callbacks.Callback):
 
 def _steps_taken(optimizer: keras.optimizers.Optimizer) -> int:
     """Batches that an optimizer has seen; it counts its updates, which take several where gradients accumulate."""
+    optimizer = innermost(optimizer)
     accumulates = getattr(optimizer, "gradient_accumulation_steps", None)
     return int(keras.ops.convert_to_numpy(optimizer._iterations if accumulates else optimizer.iterations))
 

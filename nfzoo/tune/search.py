@@ -1,5 +1,6 @@
 """The one function that scans."""
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +12,7 @@ from nfzoo.files import atomic, to_json
 from nfzoo.tune import results
 from nfzoo.tune.plan import Plan
 from nfzoo.tune.progress import shown
-from nfzoo.tune.space import LEARNING_RATE, Range, Value, spec
+from nfzoo.tune.space import LEARNING_RATE, Range, Spec, Value, spec
 from nfzoo.tune.trials import one_writer
 from nfzoo.tune.workers import role, run_workers, serve, work
 
@@ -76,6 +77,7 @@ def scanned(
     _check_workers(workers)
     made = spec(models, axes, recipe, parallel=parallel or workers, **description)
     out = pathlib.Path(out)
+    _check_folder(out, made)
     out.mkdir(parents=True, exist_ok=True)
     with one_writer(out), atomic(out / "scan.json") as partial:
         partial.write_text(to_json(made.model_dump(mode="json"), indent=1))
@@ -88,6 +90,32 @@ def scanned(
         table.to_csv(partial, index=False)
     trial = results.best_trial(made, plan.trials, plan.results)
     return table, trial and results.command(trial.setting.model, trial.recipe(recipe), made.overrides)
+
+
+def _check_folder(out: pathlib.Path, made: Spec) -> None:
+    """A folder's trials are of one recipe, but for the axes and the seeds: more of these may come to it."""
+    path = out / "scan.json"
+    if not path.exists():
+        return
+    before, now = (_common(json.loads(text)) for text in (path.read_text(), to_json(made.model_dump(mode="json"))))
+    if before != now:
+        raise ValueError(
+            f"Expected the folder of this scan. Received: {out}, whose trials have another recipe or other overrides "
+            "of the network; choose another --out, or remove the folder"
+        )
+
+
+def _common(description: dict) -> dict:
+    """What all trials of a scan share."""
+    tree = {"recipe": json.loads(json.dumps(description["recipe"])), "overrides": description.get("overrides")}
+    for path in [*description["axes"], "optimizer.learning_rate", "seed", "seeds"]:
+        *parents, leaf = path.split(".")
+        node = tree["recipe"]
+        for parent in parents:
+            node = (node or {}).get(parent)
+        if node:
+            node.pop(leaf, None)
+    return tree
 
 
 def _check_workers(count: int) -> None:
