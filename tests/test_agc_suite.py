@@ -55,7 +55,7 @@ def _elsewhere(names, **environment):
 @pytest.mark.parametrize(
     ("names", "environment"),
     [
-        (SHARED, {"KERAS_BACKEND": "tensorflow", "DEVICES": "2"}),
+        pytest.param(SHARED, {"KERAS_BACKEND": "tensorflow", "DEVICES": "2"}, marks=pytest.mark.slow),
         pytest.param(list(CASES), {"KERAS_BACKEND": "jax"}, marks=pytest.mark.slow),
         pytest.param(list(CASES), {"KERAS_BACKEND": "jax", "DEVICES": "2", "XLA_FLAGS": TWO}, marks=pytest.mark.slow),
     ],

@@ -70,7 +70,7 @@ def _moved(before: dict, after: dict) -> set[str]:
     return {path for path in after if path not in before or not np.array_equal(before[path], after[path])}
 
 
-@pytest.mark.parametrize("model", [MODEL, "nf_test_resnet"])
+@pytest.mark.parametrize("model", [MODEL, pytest.param("nf_test_resnet", marks=pytest.mark.slow)])
 def test_the_classifier_learns_first_and_then_everything(model, watched, tmp_path, console):
     pretrained = weights.save(nfzoo.build(model, classes=7), tmp_path / "seven.safetensors")
     recipe = _recipe(**{"data.image_size": 8 if model == MODEL else 32})

@@ -167,6 +167,7 @@ def test_nf_resnet50_follows_the_theory_at_128_px():
     assert rows.acsm.max() < 0.05
 
 
+@pytest.mark.slow
 def test_bn_relu_conv_and_relu_bn_conv_order():
     """ReLU-BN-Conv with He weights: every branch has variance 2, and the mean stays at zero."""
     options = {"input_shape": (128, 128, 3), "init": "he", "dialect": "deepmind"}

@@ -21,7 +21,9 @@ def fit(model, x, y, batch_size=4, agc=None, optimizer=None, callbacks=(), **opt
     return callbacks[-1].table() if callbacks else None
 
 
-@pytest.mark.parametrize(("name", "agc"), [("bn_test_resnet", None), ("nf_test_resnet", nfzoo.AGC(0.05))])
+@pytest.mark.parametrize(
+    ("name", "agc"), [("nf_test_resnet", nfzoo.AGC(0.05)), pytest.param("bn_test_resnet", None, marks=pytest.mark.slow)]
+)
 def test_one_live_step_sees_what_a_probe_of_its_batch_sees(name, agc, images):
     """Two mechanisms, one truth: tensors within the training step, and a stateless pass before it."""
     numbers = ["acsm", "acv", "second_moment", "nonzero"]
@@ -85,7 +87,10 @@ def weights_after(name, images, callbacks, **options):
     return [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables + model.optimizer.variables]
 
 
-@pytest.mark.parametrize("name", ["bn_test_efficientnet", pytest.param("nf_test_efficientnet", marks=pytest.mark.slow)])
+SLOW = ("bn_test_efficientnet", "nf_test_efficientnet")
+
+
+@pytest.mark.parametrize("name", ["bn_test_resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_training_is_the_same_with_eyes_on_it(name, images):
     """Equal but for rounding: operations are fused differently where their results are also read."""
     live = nfzoo.SignalPropagation(source="live", what=spp.WHAT)

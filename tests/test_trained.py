@@ -48,6 +48,7 @@ def test_there_is_one_of_each_kind():
     assert {f"{kind}_efficientnet_b0.cifar100" for kind in ("bn", "sn", "nf")} <= ENTRIES.keys()
 
 
+@pytest.mark.slow
 def test_a_tag_is_a_default_and_no_more():
     body = nfzoo.build("nf_efficientnet_b0.cifar100", include_top=False, input_shape=(64, 64, 3))
     assert body.input_shape == (None, 64, 64, 3) and body.output_shape == (None, 1280)
