@@ -73,6 +73,15 @@ def test_processes_that_share_each_batch(tmp_path):
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
 
 
+@pytest.mark.slow
+def test_last_batches_that_do_not_divide(tmp_path):
+    """Sixty-one training and fifty-one validation images, for two devices of one JAX process."""
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    odd = [*ENTRY, *ARGUMENTS, "--set=data.limit=61", "--strategy=mirrored", "--out", str(tmp_path / "run")]
+    subprocess.run(odd, env=environment, check=True)
+    assert engine.read_metrics(tmp_path / "run")["status"] == "complete"
+
+
 def test_devices_that_cannot_be():
     with pytest.raises(ValueError, match="coordinator=HOST:PORT for processes=2"):
         engine.Devices(processes=2)
