@@ -84,6 +84,7 @@ class StopOnNaN(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
         self.step: int | None = None
+        self.steps_before = 0  # of the epoch, in a `fit` of its rest alone
 
     @property
     def diverged(self) -> bool:
@@ -101,7 +102,7 @@ class StopOnNaN(keras.callbacks.Callback):
         return all(np.isfinite(keras.ops.convert_to_numpy(v)).all() for v in self.model.weights)
 
     def _stop(self, step: int) -> None:
-        self.step = step
+        self.step = self.steps_before + step
         self.model.stop_training = True
 
 
@@ -166,7 +167,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     There is one after each epoch N; on SIGTERM there is one within an epoch, model-N-STEP. The description carries the
     model's sha256, the history up to there and what a saved Keras model leaves out: the random states of its layers,
-    the metrics' counters. It is written last: a pair that is incomplete or does not verify is passed over by `latest`.
+    the metrics' counters. It is written last: a pair that is incomplete or does not verify is passed over by `sound`.
 
     Args:
         folder: of the checkpoints; None for a process that leaves them to another one.

@@ -78,3 +78,17 @@ def tiny_timm():
 
     model = built("test_nfnet", classes=3)
     return model, driver.as_tensors(model)
+
+
+def kill_after(monkeypatch, epoch, error):
+    """Die right after the checkpoint of an epoch, as a SIGKILL would: nothing later runs."""
+    from nfzoo import callbacks
+
+    original = callbacks.Checkpoints.on_epoch_end
+
+    def on_epoch_end(self, number, logs=None):
+        original(self, number, logs)
+        if number + 1 == epoch:
+            raise error
+
+    monkeypatch.setattr(callbacks.Checkpoints, "on_epoch_end", on_epoch_end)

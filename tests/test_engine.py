@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import kill_after
 from rich.console import Console
 
 import nfzoo
@@ -36,18 +37,6 @@ def _weights(folder):
 
 class _Killed(Exception):
     pass
-
-
-def _kill_after(monkeypatch, epoch, error=_Killed):
-    """Die right after the checkpoint of an epoch, as a SIGKILL would: nothing later runs."""
-    original = callbacks.Checkpoints.on_epoch_end
-
-    def on_epoch_end(self, number, logs=None):
-        original(self, number, logs)
-        if number + 1 == epoch:
-            raise error
-
-    monkeypatch.setattr(callbacks.Checkpoints, "on_epoch_end", on_epoch_end)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +83,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(whole, model, epoch, tmp_path
         build = {**BUILD, "drop_path_rate": 0.2}
         whole = (tmp_path / "whole", run(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        _kill_after(patch, epoch)
+        kill_after(patch, epoch, _Killed)
         with pytest.raises(_Killed):
             run(folder)
     assert not (folder / "metrics.json").exists()
@@ -113,7 +102,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(whole, model, epoch, tmp_path
 def test_ctrl_c_resumes(tmp_path, monkeypatch, console):
     folder = tmp_path / "[red]run"
     with monkeypatch.context() as patch:
-        _kill_after(patch, 1, KeyboardInterrupt)
+        kill_after(patch, 1, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.run(MODEL, _recipe(epochs=2), folder, taps=None, console=console)
     assert engine.run(MODEL, _recipe(epochs=2), folder, taps=None, console=console)["epochs"] == 2
@@ -124,7 +113,7 @@ def test_ctrl_c_resumes(tmp_path, monkeypatch, console):
 def test_a_damaged_checkpoint_is_passed_over_aloud(damage, tmp_path, monkeypatch, console):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        _kill_after(patch, 2)
+        kill_after(patch, 2, _Killed)
         with pytest.raises(_Killed):
             engine.run(MODEL, _recipe(epochs=3), folder, taps=None, console=console)
     newest = folder / "checkpoints" / "model-2.keras"
@@ -146,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(damage, tmp_path, monkeypatch
 def test_when_every_checkpoint_is_damaged_nothing_is_overwritten(tmp_path, monkeypatch, console):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        _kill_after(patch, 1)
+        kill_after(patch, 1, _Killed)
         with pytest.raises(_Killed):
             engine.run(MODEL, _recipe(), folder, taps=None, console=console)
     (folder / "checkpoints" / "model-1.keras").write_bytes(b"nothing")
@@ -249,7 +238,7 @@ def test_every_json_file_of_a_run_is_strict(tmp_path, monkeypatch, console):
         patch.setattr(
             callbacks.Checkpoints, "on_epoch_end", lambda self, n, logs: original(self, n, {**logs, "extra": np.nan})
         )
-        _kill_after(patch, 2)
+        kill_after(patch, 2, _Killed)
         with pytest.raises(_Killed):
             engine.run(MODEL, _recipe(), tmp_path / "run", console=console)
     check()

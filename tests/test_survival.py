@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import kill_after
 from killed import STEPS
 from rich.console import Console
 
@@ -110,15 +111,18 @@ def _run(out, console, recipe=None, model=MODEL):
     return engine.run(model, recipe or _recipe(), out, overrides=BUILD, taps=None, console=console)
 
 
-def test_sigterm_within_an_epoch(tmp_path, monkeypatch, console):
-    class Stop(callbacks.StopOnNaN):
-        def on_train_batch_end(self, batch, logs=None):
-            if (self.model.optimizer.iterations == 6).numpy():
-                os.kill(os.getpid(), signal.SIGTERM)
+class _StopsAtSix(callbacks.StopOnNaN):
+    """SIGTERM comes at the sixth step of a run, the second of its second epoch."""
 
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.model.optimizer.iterations == 6).numpy():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_within_an_epoch(tmp_path, monkeypatch, console):
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "StopOnNaN", Stop)
+        patch.setattr(callbacks, "StopOnNaN", _StopsAtSix)
         with pytest.raises(SystemExit) as end:
             _run(tmp_path / "a", console)
     assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
@@ -216,6 +220,24 @@ def test_the_first_bad_layer_is_named(tmp_path, monkeypatch, console, poison, ra
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
 
 
+def test_the_step_of_a_divergence_counts_from_the_start_of_its_epoch(tmp_path, monkeypatch, console):
+    """Also in the rest of an epoch that SIGTERM had cut in two, which is a `fit` of its own."""
+    original = data.Batches.__getitem__
+
+    def getitem(self, at):
+        x, y = original(self, at)
+        return (np.full_like(x, np.nan) if self.shuffle and self.epoch == 1 and at + self.window[0] == 3 else x), y
+
+    monkeypatch.setattr(data.Batches, "__getitem__", getitem)
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "StopOnNaN", _StopsAtSix)
+        with pytest.raises(SystemExit):
+            _run(tmp_path / "run", console)
+    metrics = _run(tmp_path / "run", console)
+    assert (metrics["status"], metrics["diverged_at_step"]) == ("diverged", 4)
+    assert metrics["diverged_in"] == "images of the batch"
+
+
 def test_weights_that_the_loss_hides(tmp_path, monkeypatch, console):
     """ReLU makes zeros of NaN: the network is dead, and its loss is that of a constant."""
     original = data.Batches.__getitem__
@@ -299,20 +321,9 @@ def test_signals_of_half_precision_resume(tmp_path, monkeypatch, console, accumu
         out = tmp_path / str(stop)
         if stop:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                _stop_after(patch, 2)
+                kill_after(patch, 2, KeyboardInterrupt)
                 engine.run(MODEL, _recipe(**changes), out, overrides=BUILD, console=console)
         engine.run(MODEL, _recipe(**changes), out, overrides=BUILD, console=console)
         logs.append((out / "spp.jsonl").read_text())
     steps = [sorted({json.loads(line)["step"] for line in log.splitlines()}) for log in logs]
     assert steps[0] == steps[1] == [0, 4, 8, 12]
-
-
-def _stop_after(patch, epoch):
-    original = callbacks.Checkpoints.on_epoch_end
-
-    def on_epoch_end(self, number, logs=None):
-        original(self, number, logs)
-        if number + 1 == epoch:
-            raise KeyboardInterrupt
-
-    patch.setattr(callbacks.Checkpoints, "on_epoch_end", on_epoch_end)

@@ -21,7 +21,7 @@ if keras.config.backend() == "tensorflow":
         signals,
         standardize_columns,
         sync,
-    )  # fmt: skip
+    )
 elif keras.config.backend() == "jax":
     from nfzoo.backend.jax import (
         Step,
@@ -35,7 +35,7 @@ elif keras.config.backend() == "jax":
         signals,
         standardize_columns,
         sync,
-    )  # fmt: skip
+    )
 else:
     raise ImportError(
         f"nfzoo runs on the Keras backends tensorflow and jax. Received: {keras.config.backend()!r}. "

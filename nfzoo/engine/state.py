@@ -19,7 +19,7 @@ class State:
         net: with the optimizer's state, if it is compiled.
         epoch, step: epochs that are done, and steps of the next one.
         history: a row per epoch.
-        counters: values of the metrics' variables within that epoch.
+        counters, seconds: values of the metrics' variables, and time spent, within that epoch.
     """
 
     net: keras.Model
@@ -82,6 +82,8 @@ def train(
         for step in steps:
             if isinstance(step, spp.SignalPropagation):
                 step.steps_done = state.epoch * len(stream) + state.step
+            if isinstance(step, callbacks.StopOnNaN):
+                step.steps_before = state.step
         stream.window = (state.step, until)
         state.net.fit(
             stream, validation_data=validation, epochs=end, initial_epoch=state.epoch, callbacks=steps, verbose=0,

@@ -104,7 +104,7 @@ def _train(resolved, recipe, out, taps, signals, keep_model, console, devices) -
     finally:
         progress.close()
     metrics = _metrics(state, batches["test"], guard, average, time.perf_counter() - began, len(images.train))
-    if guard.diverged:
+    if guard.diverged and devices.processes == 1:  # of several, each sees a part of an output
         state = start(out, resolved, recipe, images, warn)
         frozen = state.epoch < recipe.frozen_epochs
         metrics["diverged_in"] = first_bad_layer(state, batches, recipe, guard.step, frozen)
