@@ -19,6 +19,7 @@ _HOME = {
     "NFModel": "nfzoo.trainer",
     "SignalPropagation": "nfzoo.spp",
     "build": "nfzoo.registry",
+    "fold": "nfzoo.folding",
     "list_models": "nfzoo.names",
     "model_info": "nfzoo.registry",
     "register_model": "nfzoo.names",

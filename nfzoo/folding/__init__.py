@@ -1,0 +1,93 @@
+"""Fold what is constant at inference into kernels and biases: a plain Keras model that computes the same."""
+
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+from nfzoo.folding.emit import emit
+from nfzoo.folding.graph import LINEAR, Graph, Node, read
+from nfzoo.folding.rules import simplify
+from nfzoo.layers import StandardizeInput
+
+__all__ = ["FoldReport", "fold"]
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What a fold did.
+
+    Attributes:
+        gone: names of layers that are no more: folded, or nothing at inference.
+        kept: names of factors, shifts and statistics that no kernel could take, with the reason.
+        difference: largest difference of the outputs on random inputs, relative to the largest output.
+    """
+
+    gone: tuple[str, ...]
+    kept: dict[str, str]
+    difference: float
+
+
+def fold(model: keras.Model, portable: bool = True) -> keras.Model:
+    """Fold weight standardization, gains, normalization and residual scales into kernels and biases.
+
+    Dropout, stochastic depth and taps go. Layers keep the names they had. `model.fold_report` of the result, a
+    `FoldReport`, tells what was done.
+
+    Args:
+        model: a functional or sequential model of nfzoo's and Keras' layers.
+        portable: use Keras' own layers alone, so that the result loads where nfzoo is not installed. Else grouped
+            convolutions stay nfzoo's, which on a TensorFlow CPU are some three times faster than Keras'.
+
+    Returns:
+        A `keras.Model` in float32 of the same outputs in inference, up to rounding. To fold it again changes nothing.
+
+    Raises:
+        ValueError: for a model that is no graph of layers.
+
+    Example:
+        >>> import nfzoo
+        >>> plain = nfzoo.fold(nfzoo.build("nf_test_resnet"))
+        >>> plain.fold_report.difference < 1e-4, type(plain.get_layer("stem_conv1")).__name__
+        (True, 'Conv2D')
+    """
+    outputs = read(model)
+    graph = Graph(keras.tree.flatten(outputs))
+    simplify(graph)
+    kept = {node.name: _reason(graph, node) for node in graph if node.kind == "affine" or _standardizes(node)}
+    plain = emit(graph, model, outputs, portable)
+    left = {layer.name for layer in plain.layers}
+    gone = tuple(layer.name for layer in model.layers if layer.name not in left)
+    plain.fold_report = FoldReport(gone, kept, _difference(model, plain))
+    return plain
+
+
+def _standardizes(node: Node) -> bool:
+    return isinstance(node.layer, StandardizeInput)
+
+
+def _reason(graph: Graph, node: Node) -> str:
+    before = node.inputs[0]
+    if _standardizes(node):
+        return "standardizes by what comes in"
+    if before.kind == "input":
+        return "preprocesses"
+    if np.any(node.shift != 0) and any(user is not None and user.kind in LINEAR for user in graph.users[node]):
+        return f"shifts {before.name} before zeros are padded"
+    if len(graph.users[before]) > 1:
+        return f"{before.name} has other users"
+    return f"stands between {before.name} and what is not linear"
+
+
+def _difference(model: keras.Model, plain: keras.Model) -> float:
+    rng = np.random.default_rng(0)
+    shapes = [[2, *(side or 64 for side in tensor.shape[1:])] for tensor in model.inputs]
+    x = [rng.standard_normal(shape).astype("float32") for shape in shapes]
+    first, second = (
+        [
+            np.asarray(keras.ops.convert_to_numpy(y), "float32")
+            for y in keras.tree.flatten(net(x if len(x) > 1 else x[0]))
+        ]
+        for net in (model, plain)
+    )
+    return max(float(abs(a - b).max() / max(abs(a).max(), 1e-30)) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,237 @@
+"""A network as a graph of few kinds of nodes, in which constants can be moved about."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from nfzoo.layers import Affine, CenteringBias, Gate, Merge, ScaledActivation, StochasticDepth, Tap
+
+LINEAR = ("conv", "depthwise", "dense")
+DROPPED = (
+    Tap, StochasticDepth, layers.Dropout, layers.SpatialDropout2D, layers.AlphaDropout, layers.GaussianDropout,
+    layers.GaussianNoise, layers.Identity,
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation.
+
+    Attributes:
+        kind: "input", "conv", "depthwise", "dense", "affine" (scale · x + shift), "act", "add", "mul" (a map times the
+            factors of its channels), "factor" (the squashed logits of a gate), "layer" (kept as it is).
+        name: of the layer that it came from.
+        inputs: nodes.
+        layer: that layer; options and functions are taken from it.
+        kernel, bias: of a linear node, in float64.
+        scale, shift: of an affine node: scalars or one number per channel.
+        function: of an activation: a function of Keras, or the name of one.
+        call: positional and keyword arguments of a kept layer, with nodes for tensors.
+    """
+
+    kind: str
+    name: str
+    inputs: list["Node"]
+    layer: keras.Operation | None = None
+    kernel: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    scale: np.ndarray = field(default_factory=lambda: np.array(1.0))
+    shift: np.ndarray = field(default_factory=lambda: np.array(0.0))
+    function: Callable | str | None = None
+    call: tuple[tuple, dict] = ((), {})
+
+
+class Graph:
+    """Nodes that lead to the outputs, and who uses whom.
+
+    Attributes:
+        outputs: nodes.
+        users: of every node, as often as they use it; an output of the network has one more, which is None.
+    """
+
+    def __init__(self, outputs: list[Node]):
+        self.outputs = outputs
+        self.users: dict[Node, list[Node | None]] = defaultdict(list)
+        for node in self:
+            for source in node.inputs:
+                self.users[source].append(node)
+        for node in outputs:
+            self.users[node].append(None)
+
+    def __iter__(self) -> Iterator[Node]:
+        """Every node, inputs before their users."""
+        seen, order = set(), []
+        stack = [(node, False) for node in reversed(self.outputs)]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                order.append(node)
+            elif node not in seen:
+                seen.add(node)
+                stack.append((node, True))
+                stack += [(source, False) for source in reversed(node.inputs)]
+        return iter(order)
+
+    def rewire(self, node: Node, source: Node, at: int = 0) -> None:
+        """Let a node use another source."""
+        old, node.inputs[at] = node.inputs[at], source
+        self.users[source].append(node)
+        self._release(old, node)
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let the users of one node use another, which may itself use the first."""
+        for user in [user for user in self.users[old] if user is not None and user is not new]:
+            self.rewire(user, new, user.inputs.index(old))
+        for at, node in enumerate(self.outputs):
+            if node is old:
+                self.outputs[at] = new
+                self.users[new].append(None)
+                self._release(old, None)
+
+    def insert(self, node: Node, after: Node) -> None:
+        """Put `after`, which uses `node`, between it and its users."""
+        self.users[node].append(after)
+        self.replace(node, after)
+
+    def _release(self, node: Node, user: Node | None) -> None:
+        self.users[node].remove(user)
+        if not self.users[node]:
+            for source in node.inputs:
+                self._release(source, node)
+
+
+def read(model: keras.Model) -> Any:
+    """The output nodes of a functional or sequential model, in the structure of its outputs.
+
+    Raises:
+        ValueError: for a model that is no graph of layers.
+    """
+    config = model.get_config() if hasattr(model, "operations") else {}
+    if isinstance(model, keras.Sequential) and model.built:
+        made = Node("input", f"{model.name}_input", [], call=((), {"tensor": model.inputs[0]}))
+        for layer in model.layers:
+            made = _node(layer, (made,), {})
+        return made
+    if "output_layers" not in config:
+        raise ValueError(f"Expected a functional model, or a sequential one with weights. Received: {type(model)}")
+    operations = {operation.name: operation for operation in model.operations}
+    inputs = dict(zip(_names(config["input_layers"]), model.inputs, strict=True))
+    calls = {layer["name"]: layer["inbound_nodes"] for layer in config["layers"]}
+    nodes: dict[tuple[str, int], Node] = {}
+
+    def at(name: str, number: int, _=0) -> Node:
+        if (name, number) not in nodes:
+            if name in inputs:
+                nodes[name, number] = Node("input", name, [], call=((), {"tensor": inputs[name]}))
+            else:
+                call = calls[name][number]
+                arguments = (_replaced(call[key], at) for key in ("args", "kwargs"))
+                nodes[name, number] = _node(operations[name], *arguments)
+        return nodes[name, number]
+
+    return _replaced(config["output_layers"], at)
+
+
+def _names(structure) -> list[str]:
+    found: list[str] = []
+    _replaced(structure, lambda name, *_: found.append(name))
+    return found
+
+
+def _replaced(structure, at: Callable) -> Any:
+    """Put nodes where a configuration names a layer, the number of its call, and that of the output."""
+    if isinstance(structure, dict):
+        if structure.get("class_name") == "__keras_tensor__":
+            return at(*structure["config"]["keras_history"])
+        return {key: _replaced(value, at) for key, value in structure.items()}
+    if isinstance(structure, list | tuple):
+        if len(structure) == 3 and isinstance(structure[0], str) and all(isinstance(n, int) for n in structure[1:]):
+            return at(*structure)
+        return type(structure)(_replaced(value, at) for value in structure)
+    return structure
+
+
+def _node(layer, arguments: tuple, options: dict) -> Node:
+    inputs = [x for x in keras.tree.flatten((arguments, options)) if isinstance(x, Node)]
+    for kinds, make in _READERS:
+        if isinstance(layer, kinds):
+            return make(layer, inputs)
+    return Node("layer", layer.name, inputs, layer, call=(tuple(arguments), options))
+
+
+def array(x) -> np.ndarray:
+    """A weight in float64: constants are moved without adding to the rounding."""
+    return np.asarray(keras.ops.convert_to_numpy(x), "float64")
+
+
+def affine(name: str, x: Node, scale=1.0, shift=0.0) -> Node:
+    """scale · x + shift."""
+    return Node("affine", name, [x], scale=np.asarray(scale, "float64"), shift=np.asarray(shift, "float64"))
+
+
+def _linear(kind: str) -> Callable:
+    def make(layer, inputs) -> Node:
+        kernel = layer.effective_kernel() if hasattr(layer, "effective_kernel") else layer.kernel
+        bias = array(layer.bias) if layer.bias is not None else None
+        node = Node(kind, layer.name, inputs, layer, kernel=array(kernel), bias=bias)
+        if layer.activation is keras.activations.linear or layer.activation is None:
+            return node
+        return Node("act", f"{layer.name}_act", [node], function=layer.activation)
+
+    return make
+
+
+def _normalization(layer, inputs) -> Node:
+    scale = 1 / np.sqrt(array(layer.moving_variance) + layer.epsilon)
+    scale = scale * array(layer.gamma) if layer.scale else scale
+    shift = -array(layer.moving_mean) * scale
+    return affine(layer.name, inputs[0], scale, shift + array(layer.beta) if layer.center else shift)
+
+
+def _merge(layer, inputs) -> Node:
+    gain = 1.0 if layer.gain is None else array(layer.gain)
+    scales = (layer.skip_scale, layer.branch_scale * gain)
+    names = (f"{layer.name}_skip", f"{layer.name}_branch")
+    return Node("add", layer.name, [affine(*given) for given in zip(names, inputs, scales, strict=True)])
+
+
+def _gate(layer, inputs) -> Node:
+    """With s = sigmoid(z): s / sqrt(s² + (1 - s)²) = sqrt(sigmoid(2z)); the guard of the layer never acts."""
+    x, logits = inputs
+    if layer.magnitude_preserving:
+        logits = affine(f"{layer.name}_doubled", logits, 2.0)
+    factor = Node("factor", f"{layer.name}_factor", [logits], layer)
+    return affine(f"{layer.name}_gain", Node("mul", layer.name, [x, factor]), layer.gain)
+
+
+def _centering(layer, inputs) -> Node:
+    learning = float(array(layer.count) < layer.calls)
+    return affine(layer.name, inputs[0], 1.0, array(layer.bias) * (1 - 0.99 * learning) - array(layer.moving_mean))
+
+
+def _scaled_activation(layer, inputs) -> Node:
+    activation = Node("act", layer.name, inputs, function=layer._function)
+    return affine(f"{layer.name}_scale", activation, layer.scale)
+
+
+_READERS: list[tuple] = [
+    (DROPPED, lambda layer, inputs: inputs[0]),
+    (layers.DepthwiseConv2D, _linear("depthwise")),
+    (layers.Conv2D, _linear("conv")),
+    (layers.Dense, _linear("dense")),
+    (layers.BatchNormalization, _normalization),
+    (layers.Rescaling, lambda layer, inputs: affine(layer.name, inputs[0], layer.scale, layer.offset)),
+    (Affine, lambda layer, inputs: affine(
+        layer.name, inputs[0], 1.0 if layer.gain is None else array(layer.gain), array(layer.bias))),
+    (CenteringBias, _centering),
+    (ScaledActivation, _scaled_activation),
+    (layers.Activation, lambda layer, inputs: Node("act", layer.name, inputs, function=layer.activation)),
+    (Merge, _merge),
+    (layers.Add, lambda layer, inputs: Node("add", layer.name, inputs)),
+    (Gate, _gate),
+]  # fmt: skip
