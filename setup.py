@@ -5,6 +5,8 @@ from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "nfzoo/__init__.py").read_text(), re.M).group(1)
+# What LiteRT and ONNX models are written and run with; a SavedModel needs TensorFlow alone.
+EXPORT = ["ai-edge-litert>=2", "onnx>=1.17", "onnxruntime>=1.20", "tf2onnx>=1.16"]
 
 setup(
     name="nfzoo",
@@ -35,7 +37,8 @@ setup(
         "wrapt>=1.16",
     ],
     extras_require={
-        "dev": ["keras-hub>=0.32", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "selenium>=4.20"],
+        "dev": [*EXPORT, "keras-hub>=0.32", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "selenium>=4.20"],
+        "export": EXPORT,
         "jax": ["jax>=0.6"],
     },
     entry_points={"console_scripts": ["nfzoo = nfzoo.cli:main"]},

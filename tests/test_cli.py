@@ -77,11 +77,15 @@ def test_spp_of_runs_and_of_names(trained, call, tmp_path):
         assert picture.width > picture.height / 2 > 200
 
 
-@pytest.mark.slow
-def test_export(trained, call, tmp_path):
-    status, out, _ = call("export", trained[0], "--to", tmp_path / "zoo" / "nf")
-    assert status == 0 and "compared on real images" in out.replace("\n", " ")
-    assert json.loads((tmp_path / "zoo" / "manifest.json").read_text())["nf"]["format"] == "saved_model"
+def test_export_and_serve_check(trained, call, tmp_path):
+    to, picture = tmp_path / "zoo" / "nf.onnx", tmp_path / "picture.png"
+    Image.new("RGB", (40, 50), (200, 30, 30)).save(picture)
+    status, out, _ = call("export", trained[0], "--to", to, "--preprocess")
+    assert status == 0 and "compared on real images" in out and "images/s in a batch" in out
+    assert json.loads((tmp_path / "zoo" / "manifest.json").read_text())["nf.onnx"]["format"] == "onnx"
+    status, out, _ = call("serve-check", to, "--image", picture, "--top", 3)
+    assert status == 0 and "float" in out and "ms for one image" in out
+    assert len(re.findall(r"\d+\.\d%", out)) == 3
 
 
 def test_scan(call, tmp_path):
@@ -191,7 +195,8 @@ def test_dry_run_resolves_and_writes_nothing(call, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "eval", "spp", "scan", "lr-find", "export", "list", "info", "data", "convert"]
+    "command",
+    ["", "train", "eval", "spp", "scan", "lr-find", "export", "serve-check", "list", "info", "data", "convert"],
 )
 def test_help(command, call):
     status, out, _ = call(*command.split(), "--help")
@@ -238,6 +243,8 @@ MISTAKES = {
     "sweep": (["lr-find", "sn_test_ffnn", "--data", "fake", "--from", "1", "--to", "0.1"], "start < end"),
     "not a run": (["eval", "."], "options.json"),
     "not a run to export": (["export", ".", "--to", "x"], "options.json"),
+    "an unknown format": (["export", "sn_test_ffnn", "--to", "x", "--format", "tf"], "saved_model, litert, onnx"),
+    "no artefact": (["serve-check", "nothing.onnx"], "a .tflite, .onnx or .keras file"),
     "no log": (["spp", ".", "--to", "x.png"], "spp.jsonl"),
     "input too small": (["train", "sn_efficientnet_b0", "--data", "fake", "--set", "data.image_size=16"], "32x32"),
     "no such source": (

@@ -1,14 +1,22 @@
 import json
 
+import keras
 import numpy as np
 import pytest
 from conftest import VARIANTS
+from PIL import Image
 from rich.console import Console
+from sklearn.datasets import load_sample_image
 
 import nfzoo
 from nfzoo import engine, export, recipes
+from nfzoo.export import card, formats, runtimes
 
 RECIPE = recipes.override(recipes.get("demo"), {"data.name": "fake", "epochs": 1, "batch_size": 64, "data.limit": 64})
+ENDINGS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx", "keras": ".keras"}
+SLOW = ("saved_model", "keras")  # TensorFlow starts in each of their processes
+EACH = [pytest.param(format, marks=[pytest.mark.slow] if format in SLOW else []) for format in ENDINGS]
+FULL = ["nf_resnet50", "dm_nfnet_f0", "bn_efficientnet_b0", "sn_efficientnet_b0", "nf_efficientnet_b0"]
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +26,23 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_saved_model_is_reloaded_by_tensorflow_alone_and_entered_into_the_manifest(run, tmp_path):
-    to = tmp_path / "saved_models" / "nf"
+@pytest.mark.parametrize("format", EACH)
+def test_an_artefact_is_reloaded_by_its_runtime_alone_and_entered_into_the_manifest(run, tmp_path, format):
+    to = tmp_path / "zoo" / f"nf{ENDINGS[format]}"
     entry = export.export(run, to)
-    assert entry == json.loads((to.parent / "manifest.json").read_text())["nf"]
-    assert entry["sha256"] == export.folder_sha256(to) and entry["largest_relative_difference"] < 1e-4
+    assert entry == json.loads((to.parent / "manifest.json").read_text())[to.name]
+    assert entry["format"] == format and entry["largest_relative_difference"] < 1e-4
     assert entry["classes"] == ["dark", "dim", "light", "bright"] and entry["input"]["shape"] == [None, 32, 32, 3]
-    assert {p.name for p in to.parent.iterdir()} == {"nf", "manifest.json"}
-
-    import tensorflow as tf
+    assert entry["bytes"] > 10_000 and entry["latency_ms"] > 0 and entry["images_per_second"] > 0
+    assert {p.name for p in to.parent.iterdir()} == {to.name, "manifest.json"}
+    told = card.read(to)
+    assert told["classes"] == entry["classes"] and told["input"] == entry["input"] and told["folded"]
 
     x = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype("float32")  # another batch size
-    served = tf.saved_model.load(to)
-    np.testing.assert_allclose(served.serve(x).numpy(), np.asarray(engine.load_run(run)(x)), atol=1e-5)
+    run_artefact, signature = runtimes.load(to)
+    np.testing.assert_allclose(run_artefact(x), np.asarray(engine.load_run(run)(x)), atol=1e-5)
+    ((_, given),) = signature["inputs"].items()
+    assert given["shape"] == [None, 32, 32, 3] and "float" in given["dtype"]
     with pytest.raises(FileExistsError, match="exist"):
         export.export(run, to)
 
@@ -38,12 +50,14 @@ def test_saved_model_is_reloaded_by_tensorflow_alone_and_entered_into_the_manife
 def test_an_artefact_that_differs_is_not_kept(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="difference"):
-        export.export(run, tmp_path / "saved_models" / "nf")
-    assert not list((tmp_path / "saved_models").iterdir())
+        export.export(run, tmp_path / "zoo" / "nf")
+    assert not list((tmp_path / "zoo").iterdir())
 
 
 def test_an_artefact_that_does_not_load_is_said(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_RELOAD", "raise SystemExit('cannot load')")
+    script = tmp_path / "broken.py"
+    script.write_text("raise SystemExit('cannot load')")
+    monkeypatch.setattr(runtimes, "__file__", str(script))
     with pytest.raises(RuntimeError, match="cannot load"):
         export.export(run, tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -56,11 +70,111 @@ def test_what_cannot_be_entered_is_not_exported(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_unknown_format_and_missing_run(run, tmp_path):
-    with pytest.raises(ValueError, match="saved_model.*'onnx'"):
-        export.export(run, tmp_path / "x", "onnx")
+def test_mistakes_are_said_before_anything_is_done(run, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="saved_model.*'tf'"):
+        export.export(run, tmp_path / "x", "tf")
+    with pytest.raises(ValueError, match=r"ends with \.onnx for onnx"):
+        export.export(run, tmp_path / "x.tflite", "onnx")
+    with pytest.raises(ValueError, match="with litert, or None. Received: 'int8' with onnx"):
+        export.export(run, tmp_path / "x.onnx", quantize="int8")
     with pytest.raises(FileNotFoundError, match="folder of a run"):
         export.export(tmp_path, tmp_path / "x")
+    with pytest.raises(ValueError, match="sn_test_efficientnet"):
+        export.export("sn_test_efficentnet", tmp_path / "x")
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"no tensorflow, tf2onnx, onnx, onnxruntime; pip install 'nfzoo\[export\]'"):
+        export.export(run, tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class _ErfInv(keras.layers.Layer):
+    """An operator that neither format has."""
+
+    def call(self, x):
+        import tensorflow as tf
+
+        return tf.math.erfinv(keras.ops.tanh(x))
+
+
+@pytest.mark.parametrize("ending", [".tflite", ".onnx"])
+def test_a_failure_names_the_operator(tmp_path, ending):
+    image = keras.Input((8, 8, 3))
+    model = keras.Model(image, keras.layers.Flatten()(_ErfInv()(image)), name="own")
+    with pytest.raises(ValueError, match="Expected operators that .* has. Received: a model with Erfinv"):
+        export.export(model, tmp_path / f"own{ending}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_preprocessing_can_be_part_of_it(run, tmp_path):
+    to = tmp_path / "raw.onnx"
+    entry = export.export(run, to, preprocess=True)
+    assert entry["input"]["range"] == [0, 255]
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("float32")
+    known = entry["input"]
+    x = (pixels / 255 - np.array(known["mean"])) / np.array(known["std"])
+    expected = np.asarray(engine.load_run(run)(x.astype("float32")))
+    np.testing.assert_allclose(runtimes.load(to)[0](pixels), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_eight_bits(run, tmp_path):
+    whole, small = tmp_path / "nf.tflite", tmp_path / "nf8.tflite"
+    before, after = export.export(run, whole), export.export(run, small, quantize="int8")
+    assert after["bytes"] < 0.75 * before["bytes"]  # the graph of a tiny network outweighs its weights
+    assert 1e-4 < after["largest_relative_difference"] < 0.5  # it is quantized, and still the network
+    assert 0.8 <= after["same_class"] <= 1 and after["quantized"] == "int8"
+
+
+@pytest.mark.slow
+def test_a_model_by_name_and_one_of_keras(tmp_path):
+    entry = export.export("sn_test_efficientnet", tmp_path / "sn.onnx")
+    assert entry["model"] == "sn_test_efficientnet" and entry["input"]["mean"][0] == pytest.approx(0.485)
+    entry = export.export(keras.applications.MobileNetV2((32, 32, 3), weights=None, classes=4), tmp_path / "m.tflite")
+    assert entry["model"].startswith("mobilenet") and "classes" not in entry
+    with pytest.raises(ValueError, match="preprocess=True"):
+        export.export(
+            keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Flatten()]), tmp_path / "s", preprocess=True
+        )
+    with pytest.raises(ValueError, match="batch of images"):
+        export.export(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]), tmp_path / "s")
+
+
+@pytest.mark.parametrize("format", EACH)
+def test_serve_check(run, tmp_path, format):
+    Image.fromarray(load_sample_image("china.jpg")).save(tmp_path / "china.png")
+    to = tmp_path / f"nf{ENDINGS[format]}"
+    export.export(run, to)
+    served = export.serve_check(to, [tmp_path / "china.png"], top=3)
+    (best,) = served.top
+    assert [len(best), served.card["model"]] == [3, "nf_test_efficientnet"]
+    assert {name for name, _ in best} <= {"dark", "dim", "light", "bright"}
+    assert 1 >= best[0][1] >= best[1][1] >= best[2][1] > 0
+    pixels = np.asarray(Image.open(tmp_path / "china.png").resize((32, 32), Image.Resampling.BILINEAR))
+    known = served.card["input"]
+    x = ((pixels / 255 - known["mean"]) / known["std"])[None].astype("float32")
+    logits = np.asarray(engine.load_run(run)(x))[0]
+    assert best[0][0] == served.card["classes"][int(logits.argmax())]
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(OSError, match="Expected an image"):
+        export.serve_check(to, [tmp_path / "text.png"])
+    with pytest.raises(ValueError, match="Expected a SavedModel's folder"):
+        export.serve_check(tmp_path / "nothing.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in nfzoo.list_models(tests=True) if "_test_" in n])
+def test_every_network_in_every_format(name, tmp_path):
+    for format, ending in ENDINGS.items():
+        size = {} if "ffnn" in name else {"input_shape": (32, 32, 3)}
+        entry = export.export(nfzoo.build(name, **size), tmp_path / f"{name}{ending}")
+        assert entry["format"] == format and entry["largest_relative_difference"] < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_in_every_format(name, tmp_path):
+    for ending in ENDINGS.values():
+        assert export.export(name, tmp_path / f"{name}{ending}", examples=2)["largest_relative_difference"] < 1e-4
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "nf"])

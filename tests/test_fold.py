@@ -128,6 +128,20 @@ def test_sequential_models_and_bare_operations():
     assert plain.output.keys() == {"sum", "y"}
 
 
+def test_a_backbone_within_a_model_folds_too():
+    backbone = nfzoo.build("sn_test_efficientnet", include_top=False)
+    x = keras.Input((32, 32, 3))
+    y = layers.Dense(4, name="new_head")(backbone(layers.Rescaling(1 / 127.5, -1, name="scale")(x)))
+    model = keras.Model(x, y)
+    _scatter(model)
+    plain = fold(model)
+    _assert_same(model, plain)
+    assert {"stem_conv1", "new_head"} <= {layer.name for layer in plain.layers}
+    assert plain.fold_report.kept == {"scale": "preprocesses"}
+    twice = keras.Model(x, [backbone(layers.Rescaling(2.0)(x)), backbone(x)])  # as the end of a model, and two of them
+    _assert_same(twice, fold(twice))
+
+
 def test_half_precision_folds_to_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:

@@ -6,7 +6,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from nfzoo.cli import models, recipes, runs, scans, signals  # noqa: F401
+from nfzoo.cli import artefacts, models, recipes, runs, scans, signals  # noqa: F401
 from nfzoo.cli.common import app, console, quiet_start
 
 __all__ = ["app", "console", "main", "quiet_start"]

@@ -1,4 +1,4 @@
-"""Commands on runs: train, eval, export, data."""
+"""Commands on runs: train, eval, data."""
 
 import dataclasses
 import json
@@ -101,21 +101,6 @@ def eval_(run: Run, data: Source = None, data_dir: DataDir = None) -> None:
         from nfzoo import engine
 
     console.print_json(data=engine.evaluate(run, data, data_dir))
-
-
-@app.command()
-def export(
-    run: Run,
-    to: Annotated[pathlib.Path, typer.Option(help="folder to make, e.g. saved_models/NAME; MODEL.TAG.safetensors")],
-    format: Annotated[str, typer.Option(help="saved_model or weights")] = "saved_model",
-) -> None:
-    """Export the model of a run; the artefact is reloaded and compared on real images first."""
-    with quiet_start():
-        from nfzoo.export import export
-
-    entry = export(run, to, format)
-    difference = entry["largest_relative_difference"]
-    say(f"wrote {to}, reloaded and compared on real images: largest relative difference {difference:.1e}")
 
 
 @app.command()

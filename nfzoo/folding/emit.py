@@ -119,11 +119,12 @@ def _kept(node: Node, tensors: dict):
     arguments, options = keras.tree.map_structure(
         lambda x: next(given) if isinstance(x, Node) else x, (arguments, options)
     )
-    if not isinstance(layer, keras.Layer):
-        return type(layer).from_config(layer.get_config())(*arguments, **options)
-    twin = type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+    policy = {"dtype": "float32"} if isinstance(layer, keras.Layer) else {}
+    twin = type(layer).from_config({**layer.get_config(), **policy})
+    twin.name = node.name  # that of a layer which is called twice is taken
     y = twin(*arguments, **options)
-    twin.set_weights(layer.get_weights())
+    if isinstance(layer, keras.Layer):
+        twin.set_weights(layer.get_weights())
     return y
 
 

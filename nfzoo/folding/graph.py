@@ -105,42 +105,55 @@ class Graph:
                 self._release(source, node)
 
 
-def read(model: keras.Model) -> Any:
+def read(model: keras.Model, given: list[Node] | None = None) -> Any:
     """The output nodes of a functional or sequential model, in the structure of its outputs.
+
+    Args:
+        given: nodes that the model is called with, for a model within another one; default: its inputs.
 
     Raises:
         ValueError: for a model that is no graph of layers.
     """
-    config = model.get_config() if hasattr(model, "operations") else {}
-    if isinstance(model, keras.Sequential) and model.built:
-        made = Node("input", f"{model.name}_input", [], call=((), {"tensor": model.inputs[0]}))
+    if not _is_graph(model):
+        raise ValueError(f"Expected a functional model, or a sequential one with weights. Received: {type(model)}")
+    starts = given or [Node("input", tensor.name, [], call=((), {"tensor": tensor})) for tensor in model.inputs]
+    if isinstance(model, keras.Sequential):
+        (made,) = starts
         for layer in model.layers:
             made = _node(layer, (made,), {})
         return made
-    if "output_layers" not in config:
-        raise ValueError(f"Expected a functional model, or a sequential one with weights. Received: {type(model)}")
+    config = model.get_config()
+    names: list[str] = []
+    _replaced(config["input_layers"], lambda name, *_: names.append(name))
     operations = {operation.name: operation for operation in model.operations}
-    inputs = dict(zip(_names(config["input_layers"]), model.inputs, strict=True))
     calls = {layer["name"]: layer["inbound_nodes"] for layer in config["layers"]}
-    nodes: dict[tuple[str, int], Node] = {}
+    nodes: dict[tuple[str, int], Any] = {(name, 0): start for name, start in zip(names, starts, strict=True)}
+    for (name, _), start in nodes.items():
+        if start.kind == "input":
+            start.name = name
 
-    def at(name: str, number: int, _=0) -> Node:
+    def at(name: str, number: int, output: int) -> Node:
         if (name, number) not in nodes:
-            if name in inputs:
-                nodes[name, number] = Node("input", name, [], call=((), {"tensor": inputs[name]}))
-            else:
-                call = calls[name][number]
-                arguments = (_replaced(call[key], at) for key in ("args", "kwargs"))
-                nodes[name, number] = _node(operations[name], *arguments)
-        return nodes[name, number]
+            call = calls[name][number]
+            arguments = (_replaced(call[key], at) for key in ("args", "kwargs"))
+            nodes[name, number] = _node(operations[name], *arguments)
+        made = keras.tree.flatten(nodes[name, number])
+        if output >= len(made):
+            raise ValueError(f"Expected layers of one output. Received: {name}, of which output {output} is used")
+        return made[output]
 
-    return _replaced(config["output_layers"], at)
+    def end(name: str, number: int, output: int) -> Node:
+        # In this place of a configuration, and here alone, a functional model's first call is its second.
+        functional = _is_graph(operations[name]) and not isinstance(operations[name], keras.Sequential)
+        return at(name, number - functional, output)
+
+    return _replaced(config["output_layers"], end)
 
 
-def _names(structure) -> list[str]:
-    found: list[str] = []
-    _replaced(structure, lambda name, *_: found.append(name))
-    return found
+def _is_graph(model) -> bool:
+    if isinstance(model, keras.Sequential):
+        return model.built
+    return isinstance(model, keras.Model) and hasattr(model, "operations")
 
 
 def _replaced(structure, at: Callable) -> Any:
@@ -156,8 +169,10 @@ def _replaced(structure, at: Callable) -> Any:
     return structure
 
 
-def _node(layer, arguments: tuple, options: dict) -> Node:
+def _node(layer, arguments: tuple, options: dict) -> Any:
     inputs = [x for x in keras.tree.flatten((arguments, options)) if isinstance(x, Node)]
+    if _is_graph(layer) and layer.weights:  # a backbone: what is constant in it folds too
+        return read(layer, inputs)
     for kinds, make in _READERS:
         if isinstance(layer, kinds):
             return make(layer, inputs)

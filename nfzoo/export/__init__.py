@@ -1,0 +1,154 @@
+"""Export models; every artefact is reloaded by its own runtime in a process of its own, and compared, first."""
+
+import hashlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import keras
+import numpy as np
+
+from nfzoo import weights
+from nfzoo.export import card as cards
+from nfzoo.export import formats, runtimes
+from nfzoo.export.serve import serve_check
+from nfzoo.export.source import source_of, with_preprocessing
+from nfzoo.files import atomic, sha256
+from nfzoo.folding import fold as folded
+
+__all__ = ["export", "folder_sha256", "serve_check"]
+
+TOLERANCE = 1e-4
+CALIBRATION = 256  # images that the ranges of an 8-bit model are taken from
+
+
+def export(
+    source: keras.Model | str | pathlib.Path,
+    to: str | pathlib.Path,
+    format: str | None = None,
+    *,
+    fold: bool = True,
+    preprocess: bool = False,
+    quantize: str | None = None,
+    images: np.ndarray | None = None,
+    examples: int = 16,
+) -> dict:
+    """Export a model and enter it into the manifest beside it.
+
+    Args:
+        source: folder of a run, a name of the zoo ("sn_efficientnet_b0.cifar100"), or a Keras model.
+        to: what to make; it must not exist. The manifest is manifest.json in its parent folder. Weights are called
+            MODEL.TAG.safetensors, which `nfzoo.build(MODEL, weights=TAG)` loads.
+        format: "saved_model" (a folder), "litert" (.tflite), "onnx", "keras", "weights" (.safetensors); default: by the
+            ending of `to`. All but weights take batches of any size.
+        fold: see `nfzoo.fold`; weights are never folded.
+        preprocess: let the artefact take pixels in [0, 255] and standardize them itself.
+        quantize: "int8" quantizes weights and activations of a LiteRT model after training, by real images.
+        images: to compare the artefact on, and to quantize by, as the model takes them; default: test images of a run
+            to compare and training images to quantize, else parts of two photographs.
+        examples: number of images that are compared.
+
+    Returns:
+        The manifest entry: sha256, model, input, classes, metrics, largest difference, bytes, latency of one image,
+        throughput of a batch of those images. For an int8 model, the difference is what quantization costs, and
+        "same_class" the share of up to 256 images that keep their class.
+
+    Raises:
+        ValueError: an unknown format, operators that it lacks, or an artefact whose outputs differ by more than 1e-4
+            relative.
+        FileExistsError: if `to` exists.
+        ImportError: if what a format needs is not installed.
+        RuntimeError: if the artefact does not load on its own.
+    """
+    to = pathlib.Path(to)
+    name = formats.format_of(to, format)
+    if quantize not in (None, "int8") or (quantize and name != "litert"):
+        raise ValueError(f'Expected quantize="int8" with litert, or None. Received: {quantize!r} with {name}')
+    if to.exists():
+        raise FileExistsError(f"Expected a path that does not exist yet. Received: {to}; remove it or choose another.")
+    found = source_of(source, CALIBRATION if quantize else examples, images)
+    model = found.card["model"].partition(".")[0]
+    if name == "weights" and not re.fullmatch(rf"{re.escape(model)}\.\w+\.safetensors", to.name):
+        raise ValueError(f"Expected weights to be called {model}.TAG.safetensors. Received: {to.name}")
+    entries = _entries(to.parent / "manifest.json")
+    if preprocess:
+        found = with_preprocessing(found)
+    made = _weights(found, to) if name == "weights" else _artefact(found, to, name, fold, quantize, examples)
+    entry = {"format": name, **made, **found.card}
+    with atomic(to.parent / "manifest.json") as partial:
+        partial.write_text(json.dumps({**entries, to.name.removesuffix(".safetensors"): entry}, indent=1) + "\n")
+    return entry
+
+
+def _weights(found, to: pathlib.Path) -> dict:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
+        partial = pathlib.Path(folder) / to.name
+        formats.write("weights", found.model, partial)
+        again = keras.models.clone_model(found.model)
+        weights.load(again, partial)
+        difference = _difference(*(net.predict(found.images, verbose=0) for net in (again, found.model)))
+        partial.rename(to)
+    return {"weights": to.name, "sha256": sha256(to), "largest_relative_difference": difference}
+
+
+def _artefact(found, to: pathlib.Path, name: str, fold: bool, quantize: str | None, examples: int) -> dict:
+    model = folded(found.model, portable=formats.FORMATS[name].portable) if fold else found.model
+    x = found.images
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
+        partial = pathlib.Path(folder) / to.name
+        formats.write(name, model, partial, found.calibration if quantize else None)
+        cards.write(partial, {**found.card, "folded": fold, "quantized": quantize})
+        outputs, speed = _reload(partial, x, name)
+        expected = found.model.predict(x, verbose=0)
+        difference = _difference(outputs, expected, np.inf if quantize else TOLERANCE)
+        digest = folder_sha256(partial) if partial.is_dir() else sha256(partial)
+        size = sum(p.stat().st_size for p in ([partial] if partial.is_file() else partial.rglob("*")) if p.is_file())
+        partial.rename(to)
+    same = {"same_class": float((outputs.argmax(-1) == expected.argmax(-1)).mean())} if quantize else {}
+    made = {"path": to.name, "sha256": digest, "bytes": size, "largest_relative_difference": difference, **same}
+    return {**made, **speed, "folded": fold, "quantized": quantize}
+
+
+def _reload(artefact: pathlib.Path, x: np.ndarray, name: str) -> tuple[np.ndarray, dict]:
+    """Outputs and speed of an artefact in a process that does not know nfzoo."""
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = (pathlib.Path(folder) / f"{kind}.npy" for kind in ("inputs", "outputs"))
+        np.save(inputs, x)
+        command = [sys.executable, runtimes.__file__, str(artefact), str(inputs), str(outputs)]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            if found := formats.operators(process.stderr):
+                raise ValueError(formats.lacking(name, found))
+            last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RuntimeError(f"Expected the artefact to load with its runtime alone. Received: {last}")
+        return np.load(outputs), json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def _difference(outputs: np.ndarray, expected: np.ndarray, tolerance: float | None = None) -> float:
+    difference = float(np.abs(outputs - expected).max() / np.abs(expected).max())
+    tolerance = TOLERANCE if tolerance is None else tolerance
+    if not difference <= tolerance or not np.isfinite(difference):
+        raise ValueError(
+            f"Expected the outputs of the model within {tolerance}. Received: a difference of {difference:.2g}"
+        )
+    return difference
+
+
+def folder_sha256(folder: pathlib.Path) -> str:
+    """Digest of a folder: of the sorted relative paths and the digests of their files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _entries(manifest: pathlib.Path) -> dict:
+    try:
+        return json.loads(manifest.read_text()) if manifest.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"Expected a manifest. Received: {manifest}, which is damaged: {error}") from None

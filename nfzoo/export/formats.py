@@ -1,0 +1,125 @@
+"""One writer per format; what a format cannot express is named."""
+
+import importlib.util
+import logging
+import pathlib
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+from nfzoo import weights
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of artefact.
+
+    Attributes:
+        write: (model, path, calibration images or None) → None.
+        suffix: of its path; "" is a folder.
+        packages: that writing and reloading need.
+        portable: whether its runtime has Keras' own layers only.
+    """
+
+    write: Callable[[keras.Model, pathlib.Path, np.ndarray | None], None]
+    suffix: str
+    packages: tuple[str, ...] = ()
+    portable: bool = False
+
+
+def _saved_model(model: keras.Model, path: pathlib.Path, calibration: None) -> None:
+    model.export(path, format="tf_saved_model", verbose=False)
+
+
+def _litert(model: keras.Model, path: pathlib.Path, calibration: np.ndarray | None) -> None:
+    import tensorflow as tf
+
+    options = {"target_spec": {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}}  # all that its runtime has
+    if calibration is not None:
+        options["optimizations"] = [tf.lite.Optimize.DEFAULT]
+        options["representative_dataset"] = lambda: ([x[None]] for x in calibration)
+    model.export(path, format="litert", verbose=False, **options)
+
+
+def _onnx(model: keras.Model, path: pathlib.Path, calibration: None) -> None:
+    import onnx
+
+    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # what it cannot express shows when it is reloaded
+    model.export(path, format="onnx", verbose=False)
+    written = onnx.load(path)
+    for tensor in (*written.graph.input, *written.graph.output):
+        if not tensor.type.tensor_type.shape.dim[0].dim_value:
+            tensor.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(written, path)
+
+
+def _keras(model: keras.Model, path: pathlib.Path, calibration: None) -> None:
+    model.save(path)
+
+
+def _weights(model: keras.Model, path: pathlib.Path, calibration: None) -> None:
+    weights.save(model, path)
+
+
+FORMATS = {
+    "saved_model": Format(_saved_model, "", ("tensorflow",)),
+    "litert": Format(_litert, ".tflite", ("tensorflow", "ai_edge_litert")),
+    "onnx": Format(_onnx, ".onnx", ("tensorflow", "tf2onnx", "onnx", "onnxruntime")),
+    "keras": Format(_keras, ".keras", portable=True),
+    "weights": Format(_weights, ".safetensors"),
+}
+
+
+def format_of(path: pathlib.Path, name: str | None) -> str:
+    """The format of a name, or of the ending of a path.
+
+    Raises:
+        ValueError: an unknown one, or an ending of another one.
+        ImportError: packages that it needs are absent.
+    """
+    by_suffix = {one.suffix: key for key, one in FORMATS.items()}
+    name = by_suffix.get(path.suffix, "saved_model") if name is None else name
+    if name not in FORMATS:
+        raise ValueError(f"Expected a format among {', '.join(FORMATS)}. Received: {name!r}")
+    if (suffix := FORMATS[name].suffix) and path.suffix != suffix:
+        raise ValueError(f"Expected a path that ends with {suffix} for {name}. Received: {path.name}")
+    absent = [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
+    if absent:
+        raise ImportError(
+            f"Expected what {name} is written and reloaded with. Received: no {', '.join(absent)}; "
+            "pip install 'nfzoo[export]'"
+        )
+    if name in ("litert", "onnx") and keras.backend.backend() != "tensorflow":
+        raise ValueError(f"Expected KERAS_BACKEND=tensorflow to write {name}. Received: {keras.backend.backend()}")
+    return name
+
+
+def write(name: str, model: keras.Model, path: pathlib.Path, calibration: np.ndarray | None = None) -> None:
+    """Write a model in a format.
+
+    Raises:
+        ValueError: operators that the format lacks, by name.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "In the future `np.object`", FutureWarning)  # in Keras' use of tf2onnx
+            FORMATS[name].write(model, path, calibration)
+    except Exception as error:
+        if found := operators(str(error)):
+            raise ValueError(lacking(name, found)) from error
+        raise
+
+
+def lacking(name: str, found: list[str]) -> str:
+    return f"Expected operators that {name} has. Received: a model with {', '.join(found)}"
+
+
+def operators(message: str) -> list[str]:
+    """Operators that a converter or a runtime says it does not know."""
+    found = re.findall(r"'tf\.(\w+)' op is neither", message) + re.findall(r"\"tf\.(\w+)\"", message)
+    found += re.findall(r"No Op registered for (\w+) with", message)
+    return sorted(set(found))

@@ -1,0 +1,136 @@
+"""What can be exported: the model of a run, a model of the zoo by name, any Keras model; each with real images."""
+
+import pathlib
+import re
+from dataclasses import dataclass, field, replace
+
+import keras
+import numpy as np
+from keras import layers
+
+from nfzoo import data, engine, recipes, registry, weights
+
+LICENCE = "Apache-2.0"  # of what is trained with nfzoo
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, real images as it takes them, and what is known of it.
+
+    Attributes:
+        images: (n, height, width, channels), which an artefact is compared on.
+        calibration: others, which the ranges of an 8-bit model are taken from.
+        card: what an artefact says of itself; "input" has the shape, mean and std of x / 255, if they are known.
+    """
+
+    model: keras.Model
+    images: np.ndarray
+    calibration: np.ndarray
+    card: dict = field(default_factory=dict)
+
+
+def source_of(given: keras.Model | str | pathlib.Path, examples: int, images: np.ndarray | None = None) -> Source:
+    """Find a model.
+
+    Args:
+        given: the folder of a run, a name of the zoo ("sn_efficientnet_b0.cifar100"), or a model.
+        examples: number of images of each kind at most: test and training images of a run, else parts of two
+            photographs.
+        images: these instead, as the model takes them.
+
+    Raises:
+        FileNotFoundError, ValueError: for anything else.
+    """
+    source = _found(given, examples)
+    return source if images is None else replace(source, images=images[:examples], calibration=images[:examples])
+
+
+def _found(given: keras.Model | str | pathlib.Path, examples: int) -> Source:
+    if isinstance(given, keras.Model):
+        return _of_model(given, {"model": given.name}, examples)
+    if pathlib.Path(given).is_dir() or _is_path(str(given)):
+        return _of_run(pathlib.Path(given), examples)
+    name, _, tag = str(given).partition(".")
+    entry = weights.entry_of(name, tag) if tag else None
+    keys = ("model", "build", "input", "classes", "data", "metrics", "seed", "commit", "licence")
+    card = {"model": str(given), **{key: entry[key] for key in keys if key in (entry or {})}}
+    return _of_model(registry.build(str(given)), {"input": registry.PREPROCESSING, **card}, examples)
+
+
+def _is_path(given: str) -> bool:
+    return bool(re.search(r"[/\\]", given)) or given in (".", "..")
+
+
+def _of_run(folder: pathlib.Path, examples: int) -> Source:
+    options, metrics = engine.read_options(folder), engine.read_metrics(folder)
+    recipe = recipes.Recipe.model_validate(options["recipe"])
+    images = data.load(recipe.data, recipe.seed)
+    x, calibration = (
+        data.Batches(data.subset(split, min(examples, len(split))), examples, images.mean, images.std)[0][0]
+        for split in (images.test, images.train)
+    )
+    card = {
+        "model": options["model"],
+        "build": options["build"],
+        "input": {"shape": [None, *x.shape[1:]], "mean": list(images.mean), "std": list(images.std), "of": "x / 255"},
+        "classes": list(images.classes),
+        "data": images.name,
+        "metrics": {k: metrics.get(k) for k in ("test_accuracy", "epochs")},
+        "fingerprint": options["fingerprint"],
+        "seed": recipe.seed,
+        "versions": options["versions"],
+        "commit": options["commit"],
+        "licence": LICENCE,
+    }
+    return Source(engine.load_run(folder), x, calibration, card)
+
+
+def _of_model(model: keras.Model, card: dict, examples: int) -> Source:
+    shape = model.input_shape[1:]
+    if isinstance(model.input_shape, list) or len(shape) != 3 or shape[-1] not in (1, 3):
+        raise ValueError(f"Expected a model of one batch of images. Received: inputs of shape {model.input_shape}")
+    size = tuple(side or 224 for side in shape[:2])
+    x = _photographs(size, shape[-1], min(examples, 64))
+    constants = card.get("input", registry.PREPROCESSING)
+    x = (x - np.asarray(constants["mean"])) / np.asarray(constants["std"])
+    if "input" in card:
+        card = {**card, "input": {**card["input"], "shape": [None, *shape], "of": "x / 255"}}
+    x = x.astype("float32")
+    return Source(model, x, x, card)
+
+
+def _photographs(size: tuple[int, int], channels: int, n: int) -> np.ndarray:
+    """Parts of scikit-learn's two photographs, in [0, 1]."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    photos, rng, found = load_sample_images().images, np.random.default_rng(0), []
+    for number in range(n):
+        photo = photos[number % len(photos)]
+        side = int(rng.integers(100, min(photo.shape[:2])))
+        top, left = (int(rng.integers(0, total - side)) for total in photo.shape[:2])
+        part = Image.fromarray(photo[top : top + side, left : left + side])
+        found.append(np.asarray(part.resize(size[::-1], Image.Resampling.BILINEAR)) / 255)
+    x = np.stack(found)
+    return x if channels == 3 else x.mean(axis=-1, keepdims=True)
+
+
+def with_preprocessing(source: Source) -> Source:
+    """Let the model take what a decoder gives: pixels in [0, 255].
+
+    Raises:
+        ValueError: if the constants are not known.
+    """
+    known = source.card.get("input")
+    if known is None:
+        raise ValueError(
+            "Expected a run or a model of the zoo for preprocess=True, whose mean and deviation are known. Received: "
+            f"the model {source.model.name}; put a keras.layers.Rescaling before it"
+        )
+    mean, std = np.asarray(known["mean"]), np.asarray(known["std"])
+    raw = keras.Input(source.model.input_shape[1:], name="pixels")
+    x = layers.Rescaling((1 / (255 * std)).tolist(), (-mean / std).tolist(), name="preprocess")(raw)
+    model = keras.Model(raw, source.model(x), name=source.model.name)
+    card = {**source.card, "input": {**known, "of": "x", "range": [0, 255], "preprocess": "part of the model"}}
+    images, calibration = ((x * std + mean).astype("float32") * 255 for x in (source.images, source.calibration))
+    return replace(source, model=model, images=images, calibration=calibration, card=card)
