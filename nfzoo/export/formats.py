@@ -40,9 +40,33 @@ def _litert(model: keras.Model, path: pathlib.Path, calibration: np.ndarray | No
 
     options = {"target_spec": {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}}  # all that its runtime has
     if calibration is not None:
+        model = _with_bounded_selu(model)
         options["optimizations"] = [tf.lite.Optimize.DEFAULT]
         options["representative_dataset"] = lambda: ([x[None]] for x in calibration)
     model.export(path, format="litert", verbose=False, **options)
+
+
+def _with_bounded_selu(model: keras.Model) -> keras.Model:
+    """Write SELU as scale · relu(x) + scale · alpha · (exp(-relu(-x)) - 1).
+
+    LiteRT takes the exponential of every x, positive ones too, and throws most of it away; eight bits for a range up to
+    exp(max x) leave none for the rest: EfficientNet-B0 on CIFAR-100 falls to chance.
+    """
+
+    def bounded(layer: keras.Layer) -> keras.Layer:
+        if not isinstance(layer, keras.layers.Activation) or layer.activation is not keras.activations.selu:
+            return layer.__class__.from_config(layer.get_config())
+        x = keras.Input(layer.output.shape[1:], name=f"{layer.name}_input")
+        negative = keras.ops.exp(-keras.ops.relu(-x)) - 1.0
+        y = _SELU_SCALE * keras.ops.relu(x) + _SELU_SCALE * _SELU_ALPHA * negative
+        return keras.Model(x, y, name=layer.name)
+
+    twin = keras.models.clone_model(model, clone_function=bounded)
+    twin.set_weights(model.get_weights())
+    return twin
+
+
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # Klambauer et al. 2017, equation 14
 
 
 def _onnx(model: keras.Model, path: pathlib.Path, calibration: None) -> None:
