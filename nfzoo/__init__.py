@@ -29,6 +29,7 @@ _MODULES = (
     "agc",
     "alarms",
     "augment",
+    "certify",
     "convert",
     "data",
     "doctor",

@@ -196,7 +196,21 @@ def test_dry_run_resolves_and_writes_nothing(call, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "train", "eval", "spp", "scan", "lr-find", "export", "serve-check", "list", "info", "data", "convert"],
+    [
+        "",
+        "train",
+        "eval",
+        "spp",
+        "scan",
+        "lr-find",
+        "export",
+        "serve-check",
+        "certify",
+        "list",
+        "info",
+        "data",
+        "convert",
+    ],
 )
 def test_help(command, call):
     status, out, _ = call(*command.split(), "--help")

@@ -10,6 +10,7 @@ from nfzoo import (
     alarms,
     augment,
     callbacks,
+    certify,
     cli,
     data,
     doctor,
@@ -36,7 +37,7 @@ from nfzoo.models import sites
 from nfzoo.tune import lr_range, plan, progress, results, search, space, trials, workers
 
 MODULES = [
-    agc, alarms, augment, callbacks, cli, data, doctor, engine, export, folding, layers, lr_range, numerics,
+    agc, alarms, augment, callbacks, certify, cli, data, doctor, engine, export, folding, layers, lr_range, numerics,
     optimizers, plan, plots, progress, recipes, registry, report, results, schedules, search, settings, sites,
     space, spp, theory, trainer, trials, tune, variants, weights, workers,
 ]  # fmt: skip
@@ -52,7 +53,7 @@ def test_all_is_sorted_and_resolves():
 
 def test_what_is_public():
     assert nfzoo.__all__ == [
-        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "augment", "build", "convert", "data", "doctor",
+        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "augment", "build", "certify", "convert", "data", "doctor",
         "engine", "export", "fold", "layers", "list_models", "model_info", "numerics", "optimizers", "plots", "recipes",
         "register_model", "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip

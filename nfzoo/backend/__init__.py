@@ -19,6 +19,7 @@ if keras.config.backend() == "tensorflow":
         observe,
         scope,
         signals,
+        split_cpu,
         standardize_columns,
         sync,
     )
@@ -33,6 +34,7 @@ elif keras.config.backend() == "jax":
         observe,
         scope,
         signals,
+        split_cpu,
         standardize_columns,
         sync,
     )
@@ -44,5 +46,5 @@ else:
 
 __all__ = [
     "Step", "column_moments", "conv", "data_parallel", "deterministic", "device_count", "observe", "scope", "signals",
-    "standardize_columns", "sync",
+    "split_cpu", "standardize_columns", "sync",
 ]  # fmt: skip

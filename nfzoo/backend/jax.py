@@ -87,6 +87,11 @@ def data_parallel():
     return keras.distribution.DataParallel(auto_shard_dataset=False).scope()
 
 
+def split_cpu(parts: int) -> None:
+    """Let the CPU count as several devices; before anything is computed."""
+    jax.config.update("jax_num_cpu_devices", parts)
+
+
 def device_count() -> int:
     """Devices that share a batch, those of other processes too."""
     return jax.device_count()

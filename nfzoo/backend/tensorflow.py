@@ -98,6 +98,12 @@ def data_parallel():
     return _mirrored().scope()
 
 
+def split_cpu(parts: int) -> None:
+    """Let the CPU count as several devices; before anything is computed."""
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * parts)
+
+
 def device_count() -> int:
     """Devices that share a batch."""
     return _mirrored().num_replicas_in_sync

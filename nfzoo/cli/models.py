@@ -1,5 +1,6 @@
 """Commands on networks: list, info, convert."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Annotated
@@ -78,6 +79,28 @@ def info(
         units = "not clipped" if row["axes"] is None else "all" if not row["axes"] else str(row["axes"])
         view.add_row(row["variable"], str(row["shape"]), units, "–" if row["factor"] is None else f"{factor:g}")
     console.print(view)
+
+
+@app.command()
+def certify(model: Model, build: Build = None, as_json: AsJson = False) -> None:
+    """Measure whether an example's output and gradient depend on its batch; exit status 1 if they do."""
+    with quiet_start():
+        from nfzoo import certify as certificates
+
+    with console.status(f"measuring {model}"), quiet_start():
+        found = certificates.certify(model, **overrides_of(build))
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(found), "independent": found.independent}))
+    else:
+        view = Table("what holds if examples are independent", "largest relative difference", "")
+        for check, difference in found.differences.items():
+            verdict = "[green]holds" if difference <= certificates.TOLERANCE else "[red]DOES NOT HOLD"
+            view.add_row(certificates.CHECKS[check], f"{difference:.1e}", verdict)
+        console.print(view)
+        does = "does not depend" if found.independent else "depends"
+        say(f"{model}: what it makes of an example {does} on the batch")
+    if not found.independent:
+        raise typer.Exit(1)
 
 
 @app.command()
