@@ -2,7 +2,9 @@ import keras
 import numpy as np
 import pytest
 
-from nfzoo import layers, numerics
+import nfzoo
+from nfzoo import layers, numerics, variants
+from nfzoo.models.sites import Site
 
 KERNEL = np.array([[1, 2], [2, 4], [4, 1]], "float32").reshape(1, 1, 3, 2)
 DEEPMIND = np.array([[-0.6172134, -0.1543033], [-0.1543033, 0.7715167], [0.7715167, -0.6172134]])
@@ -71,6 +73,7 @@ LAYERS = {
     "tap": (lambda: layers.Tap(), [(8, 8, 4)]),
     "native_grouped": (lambda: layers.GroupedConv2D(6, 3, groups=2, strides=2), [(8, 8, 4)]),
     "gamma_in_kernel": (lambda: layers.ScaledStdConv2D(6, 3, gamma=1.7, gain=0.0), [(8, 8, 4)]),
+    "compensate": (lambda: layers.CompensatePadding(3), [(8, 8, 4), (8, 8, 2)]),
     "affine": (lambda: layers.Affine(gain=1.0), [(8, 8, 4)]),
     "bias": (lambda: layers.Affine(), [(8, 8, 4)]),
     "centering_bias": (lambda: layers.CenteringBias(), [(8, 8, 4)]),
@@ -264,3 +267,49 @@ def test_centering_bias_centres_its_first_eight_batches_and_then_stands_still():
     layer(batches[0] + 100, training=True)
     np.testing.assert_array_equal(np.asarray(layer.moving_mean), frozen)
     assert float(layer.count.numpy()) == 8 and len(layer.trainable_variables) == 1
+
+
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+@pytest.mark.parametrize(
+    ("side", "kernel", "strides"), [(1, 5, 1), (2, 5, 1), (2, 3, 2), (5, 3, 2), (6, 5, 2), (9, 3, 1)]
+)
+def test_white_noise_keeps_its_variance_at_every_position_of_a_map_of_any_size(padding, side, kernel, strides):
+    """The variance that a depthwise convolution gives white noise is a sum over the taps that lie within the map."""
+    site = Site("a", index=1)
+    variant = variants.SN(padding_compensation=True)
+    x = keras.Input((side, side, 3))
+    net = keras.Model(x, variant.depthwise(x, kernel, site, strides, padding))
+    net.get_layer("a_conv1").set_weights([np.full((kernel, kernel, 3, 1), 1 / kernel, "float32")])
+    # The variance at a position is the sum of the squares of what each single pixel of value 1 gives there.
+    pixels = np.zeros((side * side, side, side, 3), "float32")
+    pixels.reshape(side * side, side * side, 3)[np.arange(side**2), np.arange(side**2)] = 1
+    variance = (np.asarray(net(pixels)) ** 2).sum(0)
+    np.testing.assert_allclose(variance, 1, rtol=1e-5)
+
+
+def test_compensation_of_maps_whose_size_is_not_known():
+    x = keras.Input((None, None, 3))
+    net = keras.Model(x, variants.SN(padding_compensation=True).depthwise(x, 5, Site("a", index=1), 2, "same"))
+    for side in (2, 7):
+        fixed = layers.CompensatePadding(5, 2)
+        noise = np.random.default_rng(0).standard_normal((2, side, side, 3)).astype("float32")
+        plain = np.asarray(net.get_layer("a_conv1")(noise))
+        np.testing.assert_allclose(np.asarray(net(noise)), np.asarray(fixed([plain, noise])), rtol=1e-5)
+    with pytest.raises(ValueError, match="Expected a fixed input size"):
+        net.get_layer("a_compensate1").factors()
+
+
+def test_a_self_normalizing_efficientnet_keeps_its_variance_on_small_maps():
+    """At 32 pixels the last stages see maps of 2x2 and 1x1: five decades are lost there without compensation."""
+    x = np.random.default_rng(0).standard_normal((16, 32, 32, 3)).astype("float32")
+    last = {}
+    for compensated in (False, True):
+        keras.utils.set_random_seed(0)
+        net = nfzoo.build(
+            "sn_efficientnet_b0", input_shape=(32, 32, 3), classes=10, doubled_gate=True,
+            padding_compensation=compensated,
+        )  # fmt: skip
+        table = nfzoo.spp.snapshot(net, x, taps="blocks", what=("activations",))
+        outs = table[table.layer.str.fullmatch(r"stage\d_block\d_out")]
+        last[compensated] = (outs.acv + outs.acsm).to_numpy()
+    assert last[False][-1] < 0.02 and 0.5 < last[True].min() and last[True].max() < 2

@@ -53,9 +53,9 @@ def test_all_is_sorted_and_resolves():
 
 def test_what_is_public():
     assert nfzoo.__all__ == [
-        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "augment", "build", "certify", "convert", "data", "doctor",
-        "engine", "export", "fold", "layers", "list_models", "model_info", "numerics", "optimizers", "plots", "recipes",
-        "register_model", "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
+        "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "augment", "build", "certify", "convert", "data",
+        "doctor", "engine", "export", "fold", "layers", "list_models", "model_info", "numerics", "optimizers",
+        "plots", "recipes", "register_model", "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip
 
 

@@ -118,10 +118,10 @@ def test_pairs_keep_their_moments():
     assert pair.through(FUNCTIONS["linear"]).moments()[1] == pytest.approx(pair.moments()[1])
 
 
-@pytest.mark.parametrize("standardized", [False, True])
+@pytest.mark.parametrize(("standardized", "compensated"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("side", "kernel", "stride"), [(4, 3, 1), (8, 3, 2), (5, 5, 1), (7, 1, 2)])
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
-def test_convolution_counts_what_borders_take(side, kernel, stride, padding, standardized):
+def test_convolution_counts_what_borders_take(side, kernel, stride, padding, standardized, compensated):
     """Against all weights at once: kernels are drawn, the map has a mean that all channels share."""
     rng, channels, units, batch = np.random.default_rng(1), 16, 3000, 40
     x = rng.standard_normal((batch, side, side, channels)) + 0.8
@@ -145,11 +145,15 @@ def test_convolution_counts_what_borders_take(side, kernel, stride, padding, sta
             for r in range(0, length * stride, stride)
         ]
     )
+    if compensated:
+        factors = inside.mean(axis=1) ** -0.5
+        out = out * factors[:, None, None, None] * factors[None, :, None, None]
     values = out.transpose(3, 0, 1, 2).reshape(units, -1)
     given = Moments((batch, side, side, channels), 0.8, 0.64, 1.0)
     after = moments.convolve(
-        given, units, 1 / (kernel**2 * channels), kernel, stride, padding, standardized=standardized
-    )
+        given, units, 1 / (kernel**2 * channels), kernel, stride, padding, standardized=standardized,
+        compensated=compensated,
+    )  # fmt: skip
     assert after.shape == (batch, length, length, units) and inside.any(axis=0).all()
     scatter = after.acv / values.shape[1]  # of the mean over so many values
     np.testing.assert_allclose(after.acv - scatter, values.var(axis=1).mean(), rtol=0.08)
@@ -192,6 +196,7 @@ def _real(model, build, size):
         ("gn_resnet20_cifar", {}, 0.2),
         ("nf_resnet26", {"alpha": 1.0, "skip_gain": 1.0, "last_gain": 1.0}, 0.12),
         ("eun_resnet26", {}, 0.16),
+        ("nf_resnet26", {"alpha": 1.0, "skip_gain": 1.0, "last_gain": 1.0, "padding_compensation": True}, 0.12),
     ],
 )
 def test_networks_start_where_the_theory_says(model, build, tolerance):

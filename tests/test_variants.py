@@ -171,3 +171,11 @@ def test_override_of_the_activation():
 def test_unknown_padding():
     with pytest.raises(ValueError, match="padding='valid'"):
         nfzoo.build("sn_test_efficientnet", padding="valid")
+
+
+def test_gates_and_kernels_of_self_normalizing_networks_can_be_chosen():
+    net = nfzoo.build("sn_test_efficientnet", doubled_gate=True, standardize=True)
+    assert all(gate.gain == 2 and not gate.magnitude_preserving for gate in _of(net, layers.Gate))
+    kinds = (layers.ScaledStdConv2D, layers.ScaledStdDepthwiseConv2D)
+    convolutions = _of(net, keras.layers.Conv2D) + _of(net, keras.layers.DepthwiseConv2D)
+    assert convolutions and all(isinstance(layer, kinds) for layer in convolutions)

@@ -8,9 +8,14 @@ import numpy as np
 from nfzoo.folding.emit import emit
 from nfzoo.folding.graph import LINEAR, Graph, Node, read
 from nfzoo.folding.rules import simplify
-from nfzoo.layers import StandardizeInput
+from nfzoo.layers import CompensatePadding, StandardizeInput
 
 __all__ = ["FoldReport", "fold"]
+
+_UNFOLDED = {
+    StandardizeInput: "standardizes by what comes in",
+    CompensatePadding: "has another factor at each position of the border",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def fold(model: keras.Model, portable: bool = True) -> keras.Model:
     outputs = read(model)
     graph = Graph(keras.tree.flatten(outputs))
     simplify(graph)
-    kept = {node.name: _reason(graph, node) for node in graph if node.kind == "affine" or _standardizes(node)}
+    kept = {node.name: _reason(graph, node) for node in graph if node.kind == "affine" or type(node.layer) in _UNFOLDED}
     plain = emit(graph, model, outputs, portable)
     left = {layer.name for layer in plain.layers}
     gone = tuple(layer.name for layer in model.layers if layer.name not in left)
@@ -62,14 +67,10 @@ def fold(model: keras.Model, portable: bool = True) -> keras.Model:
     return plain
 
 
-def _standardizes(node: Node) -> bool:
-    return isinstance(node.layer, StandardizeInput)
-
-
 def _reason(graph: Graph, node: Node) -> str:
     before = node.inputs[0]
-    if _standardizes(node):
-        return "standardizes by what comes in"
+    if type(node.layer) in _UNFOLDED:
+        return _UNFOLDED[type(node.layer)]
     if before.kind == "input":
         return "preprocesses"
     if np.any(node.shift != 0) and any(user is not None and user.kind in LINEAR for user in graph.users[node]):

@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from nfzoo.folding.graph import Graph, Node
-from nfzoo.layers import GroupedConv2D, MaxPool2D, PadChannels, StandardizeInput
+from nfzoo.layers import CompensatePadding, GroupedConv2D, MaxPool2D, PadChannels, StandardizeInput
 
 
 def emit(graph: Graph, model: keras.Model, structure, portable: bool) -> keras.Model:
@@ -109,6 +109,8 @@ def _named(name: str, function: Callable, x):
 
 def _kept(node: Node, tensors: dict):
     layer, (arguments, options) = node.layer, node.call
+    if isinstance(layer, CompensatePadding):
+        return layers.Rescaling(layer.factors().tolist(), name=node.name)(tensors[node.inputs[0]])
     for kind, function in _CUSTOM.items():
         if isinstance(layer, kind):
             return _named(

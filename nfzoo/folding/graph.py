@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from nfzoo.layers import Affine, CenteringBias, Gate, Merge, ScaledActivation, StochasticDepth, Tap
+from nfzoo.layers import Affine, CenteringBias, CompensatePadding, Gate, Merge, ScaledActivation, StochasticDepth, Tap
 
 LINEAR = ("conv", "depthwise", "dense")
 DROPPED = (
@@ -229,6 +229,20 @@ def _centering(layer, inputs) -> Node:
     return affine(layer.name, inputs[0], 1.0, array(layer.bias) * (1 - 0.99 * learning) - array(layer.moving_mean))
 
 
+def _rescaling(layer, inputs) -> Node:
+    if max(np.ndim(layer.scale), np.ndim(layer.offset)) > 1:  # another factor at each position
+        return Node("layer", layer.name, inputs, layer, call=((inputs[0],), {}))
+    return affine(layer.name, inputs[0], layer.scale, layer.offset)
+
+
+def _compensation(layer, inputs) -> Node:
+    """On the smallest maps all positions have one factor."""
+    factors = layer.factors()
+    if np.ptp(factors) < 1e-6:
+        return affine(layer.name, inputs[0], factors.flat[0])
+    return Node("layer", layer.name, inputs[:1], layer, call=((inputs[0],), {}))
+
+
 def _scaled_activation(layer, inputs) -> Node:
     activation = Node("act", layer.name, inputs, function=layer._function)
     return affine(f"{layer.name}_scale", activation, layer.scale)
@@ -240,7 +254,8 @@ _READERS: list[tuple] = [
     (layers.Conv2D, _linear("conv")),
     (layers.Dense, _linear("dense")),
     (layers.BatchNormalization, _normalization),
-    (layers.Rescaling, lambda layer, inputs: affine(layer.name, inputs[0], layer.scale, layer.offset)),
+    (layers.Rescaling, _rescaling),
+    (CompensatePadding, _compensation),
     (Affine, lambda layer, inputs: affine(
         layer.name, inputs[0], 1.0 if layer.gain is None else array(layer.gain), array(layer.bias))),
     (CenteringBias, _centering),

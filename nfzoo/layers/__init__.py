@@ -4,13 +4,20 @@ Every layer is registered under the package name "nfzoo": a saved model loads af
 """
 
 from nfzoo.layers.activation import Gate, ScaledActivation, activation_function
-from nfzoo.layers.convolution import GroupedConv2D, ScaledStdConv2D, ScaledStdDepthwiseConv2D, standardize
+from nfzoo.layers.convolution import (
+    CompensatePadding,
+    GroupedConv2D,
+    ScaledStdConv2D,
+    ScaledStdDepthwiseConv2D,
+    standardize,
+)
 from nfzoo.layers.inputs import CenteringBias, StandardizeInput
 from nfzoo.layers.residual import Affine, MaxPool2D, Merge, PadChannels, StochasticDepth, Tap
 
 __all__ = [
     "Affine",
     "CenteringBias",
+    "CompensatePadding",
     "Gate",
     "GroupedConv2D",
     "MaxPool2D",

@@ -1,10 +1,11 @@
-"""Convolutions: scaled weight standardization, plain and depthwise, and grouped convolution that is fast on a CPU."""
+"""Convolutions: scaled weight standardization, plain and depthwise, grouped ones that are fast on a CPU, borders."""
 
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops
 
 from nfzoo import backend
@@ -163,3 +164,65 @@ class ScaledStdDepthwiseConv2D(_ScaledStd, keras.layers.DepthwiseConv2D):
         kernel = ops.cast(self.effective_kernel(), self.compute_dtype)
         outputs = ops.depthwise_conv(inputs, kernel, self.strides, self.padding, dilation_rate=self.dilation_rate)
         return outputs + self.bias if self.use_bias else outputs
+
+
+@register
+class CompensatePadding(keras.layers.Layer):
+    """Give the border what zero padding took: multiply each position by sqrt(taps / taps within the map).
+
+    A kernel of k x k pixels meets zeros beyond the border. On small maps that is most of it: of 5 x 5 taps, 4 lie within
+    a map of 2 x 2, and the variance falls by 6. With this, white noise keeps its variance at every position.
+
+    Args:
+        kernel: height and width of the convolution's kernel. strides: its strides.
+        padding: "same" (TensorFlow's) or "symmetric" ((kernel - 1) // 2 on each side).
+
+    Input shape: two maps, the convolution's output and its input before padding. Output shape: the first's.
+
+    Example:
+        >>> import numpy as np
+        >>> y = CompensatePadding(3)([np.ones((1, 3, 3, 1), "float32"), np.ones((1, 3, 3, 1), "float32")])
+        >>> np.asarray(y)[0, :, :, 0].round(2).tolist()
+        [[1.5, 1.22, 1.5], [1.22, 1.0, 1.22], [1.5, 1.22, 1.5]]
+    """
+
+    def __init__(self, kernel: int, strides: int = 1, padding: str = "same", **kwargs):
+        super().__init__(**kwargs)
+        self.kernel, self.strides, self.padding = kernel, strides, padding
+
+    def build(self, input_shape) -> None:
+        self.sides = input_shape[1][1:3]
+
+    def call(self, inputs):
+        output, source = inputs
+        rows, columns = (
+            self._factors(source.shape[axis] or ops.shape(source)[axis], output.shape[axis] or ops.shape(output)[axis])
+            for axis in (1, 2)
+        )
+        return output * ops.cast(rows[None, :, None, None] * columns[None, None, :, None], output.dtype)
+
+    def factors(self) -> np.ndarray:
+        """By position, (height, width, 1).
+
+        Raises:
+            ValueError: if the input's size is not fixed.
+        """
+        if None in self.sides:
+            raise ValueError(f"Expected a fixed input size. Received: maps of {self.sides} at {self.name}")
+        rows, columns = (ops.convert_to_numpy(self._factors(side, -(-side // self.strides))) for side in self.sides)
+        return rows[:, None, None] * columns[None, :, None]
+
+    def _factors(self, side, length):
+        first = (self.kernel - 1) // 2
+        if self.padding == "same" or self.strides == 1:
+            first = ops.maximum((length - 1) * self.strides + self.kernel - side, 0) // 2
+        start = ops.arange(length, dtype="int32") * self.strides - ops.cast(first, "int32")
+        inside = ops.minimum(start + self.kernel, side) - ops.maximum(start, 0)
+        return ops.sqrt(self.kernel / ops.cast(inside, "float32"))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape[0]
+
+    def get_config(self) -> dict:
+        own = {"kernel": self.kernel, "strides": self.strides, "padding": self.padding}
+        return {**super().get_config(), **own}

@@ -169,7 +169,7 @@ def windows(side: int | None, kernel: int, stride: int, padding: str) -> tuple[i
 
 def convolve(
     x: Moments, outputs: int, variance: float, kernel: int = 1, stride: int = 1, padding: str = "same",
-    groups: int = 1, standardized: bool = False,
+    groups: int = 1, standardized: bool = False, compensated: bool = False,
 ) -> Moments:  # fmt: skip
     """The moments after a convolution (or, for a map of rank 2, a dense layer) with random weights.
 
@@ -178,6 +178,7 @@ def convolve(
         variance: of the weights.
         standardized: the weights of a unit sum to zero (weight standardization), so that a mean which all inputs share
             does not pass.
+        compensated: each position is multiplied by sqrt(taps / taps within the map).
 
     Example:
         >>> after = convolve(Moments((None, None, None, 64), mean=0.4, acsm=0.16, acv=0.34), 128, 2 / 64)
@@ -187,8 +188,10 @@ def convolve(
     lengths, sides, second, acsm, means, squares = [], [], x.second_moment, x.acsm, 1.0, 1.0
     for side, profile in zip(x.shape[1:-1], x.sides, strict=True):
         length, pixels, inside = windows(side, kernel, stride, padding)
-        energy = (profile[pixels] * inside).mean(axis=1)
+        taken = inside.mean(axis=1) if compensated else np.ones(len(inside))
+        energy = (profile[pixels] * inside).mean(axis=1) / taken
         level = np.sqrt(profile)[pixels] * inside / np.sqrt(profile).mean()  # of the mean, by position and tap
+        level = level / np.sqrt(taken)[:, None]
         second *= energy.mean()
         acsm *= (level.mean(axis=0) ** 2).mean()
         means, squares = means * level.mean(), squares * (level.mean(axis=1) ** 2).mean()

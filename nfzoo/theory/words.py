@@ -29,6 +29,7 @@ class Words:
 
     activation: str | None = None
     init: str = "he_fan_out"
+    padding_compensation: bool = False
     maps: dict[str, Moments] = field(default_factory=dict, repr=False)
     kernels: dict[str, tuple] = field(default_factory=dict, repr=False)
     stem: tuple[float, float] | None = None
@@ -58,7 +59,20 @@ class Words:
 
     def conv(self, x, filters: int, kernel: int, site: Site, strides=1, groups=1, padding="same"):
         x, std = self.before(x, site), self.std(site, kernel**2, x.shape[-1], filters, groups)
-        return self.linear(x, filters, site.name("conv"), std, kernel, groups, stride=strides, padding=padding)
+        options = {"stride": strides, "padding": padding, "compensated": self.padding_compensation}
+        return self.linear(x, filters, site.name("conv"), std, kernel, groups, **options)
+
+    def standardized(
+        self, x, filters, kernel, site, raw, strides, groups, padding, gain=1.0, epsilon=1e-4, epsilon_mode="clamp"
+    ):
+        """A convolution with standardized kernels; `raw` is the variance that they are drawn with."""
+        fan_in = kernel**2 * x.shape[-1] // groups
+        shrunk = raw / (raw + epsilon) if epsilon_mode == "add" else min(1.0, raw * fan_in / epsilon)
+        effective = gain**2 * shrunk / fan_in
+        self.kernels[f"{site.name('conv')}/kernel"] = (raw, effective, fan_in)
+        options = {"stride": strides, "padding": padding, "groups": groups, "standardized": True}
+        made = convolve(x, filters, effective, kernel, compensated=self.padding_compensation, **options)
+        return self.note(site.name("conv"), made)
 
     def depthwise(self, x, kernel: int, site: Site, strides=1, padding="same"):
         return self.conv(x, x.shape[-1], kernel, site, strides, x.shape[-1], padding)
@@ -187,11 +201,21 @@ class SN(Words):
     activation: str | None = "selu"
     init: str = "lecun"
     magnitude_preserving: bool = True
+    doubled_gate: bool = False
+    standardize: bool = False
+
+    def conv(self, x, filters: int, kernel: int, site: Site, strides=1, groups=1, padding="same"):
+        if not self.standardize:
+            return super().conv(x, filters, kernel, site, strides, groups, padding)
+        raw = self.std(site, kernel**2, x.shape[-1], filters, groups) ** 2
+        return self.standardized(x, filters, kernel, site, raw, strides, groups, padding)
 
     def squeeze_excite(self, x, hidden: int, kind: str | None, site: Site):
         return super().squeeze_excite(x, hidden, None, site)
 
     def gated(self, x: Moments, logits: Moments) -> Moments:
+        if self.doubled_gate:
+            return super().gated(x, logits).scaled(2.0)
         return gate(x, logits, _preserving) if self.magnitude_preserving else super().gated(x, logits)
 
     def weigh(self, site: Site) -> tuple[float, float]:
@@ -230,14 +254,11 @@ class NF(Words):
     def conv(self, x, filters: int, kernel: int, site: Site, strides=1, groups=1, padding="same"):
         if not self.standardize:
             return super().conv(x, filters, kernel, site, strides, groups, padding)
-        raw, fan_in = self.std(site, kernel**2, x.shape[-1], filters, groups) ** 2, kernel**2 * x.shape[-1] // groups
-        shrunk = raw / (raw + self.epsilon) if self.epsilon_mode == "add" else min(1.0, raw * fan_in / self.epsilon)
+        raw = self.std(site, kernel**2, x.shape[-1], filters, groups) ** 2
         gamma = numerics.gamma(self.activation) if self.gamma_in == "kernel" else 1.0
         gain = gamma * (self.last_gain if site.role == "last" else 1.0)
-        effective = gain**2 * shrunk / fan_in
-        self.kernels[f"{site.name('conv')}/kernel"] = (raw, effective, fan_in)
-        options = {"stride": strides, "padding": padding, "groups": groups, "standardized": True}
-        return self.note(site.name("conv"), convolve(x, filters, effective, kernel, **options))
+        mode = {"epsilon": self.epsilon, "epsilon_mode": self.epsilon_mode}
+        return self.standardized(x, filters, kernel, site, raw, strides, groups, padding, gain, **mode)
 
     def act(self, x, site: Site):
         scaled = self.gamma_in == "activation" and self.standardize

@@ -11,7 +11,17 @@ import keras
 from keras import layers
 
 from nfzoo import numerics
-from nfzoo.layers import Gate, GroupedConv2D, MaxPool2D, Merge, PadChannels, StochasticDepth, Tap, activation_function
+from nfzoo.layers import (
+    CompensatePadding,
+    Gate,
+    GroupedConv2D,
+    MaxPool2D,
+    Merge,
+    PadChannels,
+    StochasticDepth,
+    Tap,
+    activation_function,
+)  # fmt: skip
 from nfzoo.models.sites import Site
 
 
@@ -37,11 +47,14 @@ class Variant:
         init: scheme of `nfzoo.numerics.init_std`: "he_fan_out" (fan-out divided by the groups) or "poster" (not
             divided, as the poster's baselines ran).
         use_bias: biases in convolutions: everywhere, nowhere, or at the sites of these roles.
+        padding_compensation: multiply the output of each convolution by what zero padding takes from its border, see
+            `nfzoo.layers.CompensatePadding`.
     """
 
     activation: str | None = None
     init: str = "he_fan_out"
     use_bias: bool | tuple[str, ...] = False
+    padding_compensation: bool = False
 
     @classmethod
     def conventions(cls, dialect: str) -> dict:
@@ -59,25 +72,33 @@ class Variant:
         return keras.initializers.RandomNormal(stddev=numerics.init_std(self.init, receptive, inputs, outputs, groups))
 
     def conv(self, x, filters: int, kernel: int, site: Site, strides=1, groups=1, padding="same"):
-        x, mode = pad(self.before(x, site), kernel, strides, padding, site)
+        source = self.before(x, site)
+        x, mode = pad(source, kernel, strides, padding, site)
         options = {"strides": strides, "padding": mode, "groups": groups, "use_bias": self.bias_at(site)}
         init = self.kernel_init(site, kernel**2, x.shape[-1], filters, groups)
-        name = site.name("conv")
-        return self.conv_layer(site, filters, kernel, kernel_initializer=init, name=name, **options)(x)
+        y = self.conv_layer(site, filters, kernel, kernel_initializer=init, name=site.name("conv"), **options)(x)
+        return self._compensated(y, source, kernel, strides, padding, site)
 
     def conv_layer(self, site: Site, filters: int, kernel: int, **options) -> keras.Layer:
         kind = GroupedConv2D if options["groups"] > 1 else layers.Conv2D
         return kind(filters, kernel, **options)
 
     def depthwise(self, x, kernel: int, site: Site, strides=1, padding="same"):
-        x, mode = pad(self.before(x, site), kernel, strides, padding, site)
+        source = self.before(x, site)
+        x, mode = pad(source, kernel, strides, padding, site)
         channels = x.shape[-1]
         init = self.kernel_init(site, kernel**2, channels, channels, groups=channels)
         options = {"strides": strides, "padding": mode, "use_bias": self.bias_at(site)}
-        return self.depthwise_layer(kernel, depthwise_initializer=init, name=site.name("conv"), **options)(x)
+        y = self.depthwise_layer(kernel, depthwise_initializer=init, name=site.name("conv"), **options)(x)
+        return self._compensated(y, source, kernel, strides, padding, site)
 
     def depthwise_layer(self, kernel: int, **options) -> keras.Layer:
         return layers.DepthwiseConv2D(kernel, **options)
+
+    def _compensated(self, y, source, kernel: int, strides: int, padding: str, site: Site):
+        if kernel == 1 or not self.padding_compensation:
+            return y
+        return CompensatePadding(kernel, strides, padding, name=site.name("compensate"))([y, source])
 
     def bias_at(self, site: Site) -> bool:
         return self.use_bias if isinstance(self.use_bias, bool) else site.role in self.use_bias

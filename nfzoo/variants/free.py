@@ -18,6 +18,9 @@ class SN(Variant):
     Attributes:
         magnitude_preserving: False gives the poster's "No MP" row: plain sum, plain gate.
         alpha_dropout: use alpha dropout instead of dropout before the classifier (the poster did not).
+        doubled_gate: close squeeze-excite by twice the sigmoid, which leaves the variance at the start as it is; the
+            magnitude-preserving gate halves it, the plain one quarters it.
+        standardize: weight-standardized kernels.
 
     References: Klambauer et al. 2017 (arXiv 1706.02515); the poster "Designing Normalizer-Free EfficientNets";
     EDM2 (arXiv 2312.02696), equation 88.
@@ -27,11 +30,23 @@ class SN(Variant):
     init: str = "lecun"
     magnitude_preserving: bool = True
     alpha_dropout: bool = False
+    doubled_gate: bool = False
+    standardize: bool = False
+
+    def conv_layer(self, site: Site, filters: int, kernel: int, **options) -> keras.Layer:
+        if not self.standardize:
+            return super().conv_layer(site, filters, kernel, **options)
+        return ScaledStdConv2D(filters, kernel, **options)
+
+    def depthwise_layer(self, kernel: int, **options) -> keras.Layer:
+        return (ScaledStdDepthwiseConv2D if self.standardize else layers.DepthwiseConv2D)(kernel, **options)
 
     def squeeze_excite(self, x, hidden: int, kind: str | None, site: Site):
         return super().squeeze_excite(x, hidden, None, site)
 
     def gate_layer(self, **kwargs) -> keras.Layer:
+        if self.doubled_gate:
+            return Gate(gain=2.0, **kwargs)
         return Gate(magnitude_preserving=self.magnitude_preserving, **kwargs)
 
     def merge(self, skip, branch, site: Site, kind: str = "out"):
