@@ -1,11 +1,12 @@
 # make demo   train bn, sn and nf EfficientNet-B0 on real digits, plot, export (runs/demo)
 # make test   the tests (a few minutes)
+# make bench  race the peers, training and inference (half an hour on a quiet machine)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow lint manifest clean
+.PHONY: demo test slow lint bench manifest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python training/demo.py --out runs/demo
@@ -19,6 +20,11 @@ slow: $(VENV)/.ready-dev
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# torch and timm are peers only: pip install them into the environment to race against them.
+bench: $(VENV)/.ready-dev
+	$(BIN)/python training/benchmark.py
+	$(BIN)/python training/tables.py
 
 # Count every model anew, after a change of the architectures.
 manifest: $(VENV)/.ready

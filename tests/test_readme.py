@@ -1,4 +1,4 @@
-"""What the README shows runs, and its tables are those of the committed results."""
+"""What the README and docs show runs, and their tables are those of the committed results."""
 
 import pathlib
 import re
@@ -29,14 +29,28 @@ def test_demo_table_is_that_of_the_results():
         assert line in README
 
 
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
 def test_pictures_and_links_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for document in (ROOT / "README.md", *DOCS):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text()):
+            assert (document.parent / target).exists(), (document.name, target)
+
+
+def test_marked_tables_are_those_of_the_results():
+    import tables
+
+    for document in tables.DOCUMENTS:
+        assert tables.filled(document.read_text()) == document.read_text(), "run: python training/tables.py"
 
 
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
 LINES = [line for language, block in FENCES if not language for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("nfzoo ")]
+_SHOWN = (line for document in DOCS for line in document.read_text().splitlines())
+# "…" stands for what a reader puts there; folders of other machines are not here.
+DOCUMENTED = [line for line in _SHOWN if re.match(r"nfzoo [a-z]", line) and not re.search("… |/shared/|--coord", line)]
 
 
 def test_every_command_is_shown():
@@ -44,22 +58,33 @@ def test_every_command_is_shown():
     assert {shlex.split(command)[1] for command in COMMANDS} == known
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_readme_are_accepted(command, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS + DOCUMENTED))
+def test_commands_that_are_shown_are_accepted(command, monkeypatch, capsys, tmp_path):
     """Those that train or scan resolve in a dry run; those that need a trained run at least say so."""
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     monkeypatch.chdir(tmp_path)
     if words[1] in ("train", "scan", "lr-find", "doctor"):
         words.append("--dry-run")
-    if words[1] == "data":
-        words = ["nfzoo", "data", "--help"]
+    if words[1] in ("data", "certify"):  # downloads, and takes a minute
+        words = ["nfzoo", words[1], "--help"]
     monkeypatch.setattr(sys, "argv", words)
     try:
         cli.main()
     except SystemExit as stop:
-        missing = re.search("Expected (the folder of a run|weights of)", capsys.readouterr().err)
+        missing = re.search("Expected (the folder of a run|weights of|a SavedModel)", capsys.readouterr().err)
         untrained = words[1] == "spp" and words[2].startswith("runs/")  # then runs/nf reads as a model's name
-        assert not stop.code or (missing and words[1] in ("eval", "export", "report", "convert")) or untrained
+        assert (
+            not stop.code
+            or (missing and words[1] in ("eval", "export", "report", "convert", "serve-check"))
+            or untrained
+        )
+
+
+@pytest.mark.slow
+def test_python_of_the_page_on_deployment_runs(fresh_process, tmp_path):
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/deployment.md").read_text(), re.S | re.M))
+    shown = f"import os; os.chdir({str(tmp_path)!r})\n{code}\nimport json; print(json.dumps(plain.fold_report.kept))"
+    assert fresh_process(shown) == {} and (tmp_path / "plain.keras").exists()
 
 
 @pytest.mark.slow

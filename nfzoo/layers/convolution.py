@@ -170,8 +170,8 @@ class ScaledStdDepthwiseConv2D(_ScaledStd, keras.layers.DepthwiseConv2D):
 class CompensatePadding(keras.layers.Layer):
     """Give the border what zero padding took: multiply each position by sqrt(taps / taps within the map).
 
-    A kernel of k x k pixels meets zeros beyond the border. On small maps that is most of it: of 5 x 5 taps, 4 lie within
-    a map of 2 x 2, and the variance falls by 6. With this, white noise keeps its variance at every position.
+    A kernel of k x k pixels meets zeros beyond the border. On small maps that is most of it: of 5 x 5 taps, 4 lie
+    within a map of 2 x 2, and the variance falls by 6. With this, white noise keeps its variance at every position.
 
     Args:
         kernel: height and width of the convolution's kernel. strides: its strides.

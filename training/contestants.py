@@ -1,0 +1,226 @@
+"""What takes part in training/benchmark.py: each contestant is a function that makes a function of one step.
+
+    python training/contestants.py '{"size": 32, …}' nfzoo:nf_efficientnet_b0
+
+is the process of one of them: it builds, warms up, then for every number that it reads does so many steps and prints
+the seconds of one; for "peak" it prints the largest memory that the process had, in MB.
+"""
+
+import itertools
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from types import SimpleNamespace
+
+import numpy as np
+
+
+def _compiled(model):
+    import keras
+
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def _nfzoo_model(name: str, case, images):
+    import nfzoo
+
+    return _compiled(nfzoo.build(name, classes=case.classes, input_shape=images.shape[1:], **case.options))
+
+
+def nfzoo_step(name: str, case, images, labels):
+    model = _nfzoo_model(name, case, images)
+    return lambda: model.train_on_batch(images, labels)
+
+
+def probe_step(name: str, case, images, labels):
+    """One measurement with the callback's default settings."""
+    return _probe(name, case, images, labels)
+
+
+def full_probe_step(name: str, case, images, labels):
+    """One measurement of all layers, all statistics, all kinds."""
+    from nfzoo import spp
+
+    return _probe(name, case, images, labels, taps="layers", statistics="all", what=spp.WHAT)
+
+
+def _probe(name: str, case, images, labels, **options):
+    from nfzoo import spp
+
+    model = _nfzoo_model(name, case, images)
+    probe = spp.Probe(model, loss=model.loss, **options)
+    return lambda: probe(images, labels)
+
+
+def live_step(name: str, case, images, labels):
+    """A training step that keeps the statistics of its own tensors, default settings."""
+    from nfzoo import spp
+
+    model = _nfzoo_model(name, case, images)
+    spp.SignalPropagation(source="live").set_model(model)
+    return lambda: model.train_on_batch(images, labels)
+
+
+def batches_step(name: str, case, images, labels):
+    """One shuffled batch of 8-bit images, augmented and standardized as a recipe says; no network."""
+    from nfzoo import data, recipes
+
+    recipe = recipes.override(recipes.get(name), {"batch_size": case.batch})
+    rng, n = np.random.default_rng(0), 100 * case.batch
+    split = data.Split(
+        rng.integers(0, 256, (n, case.size, case.size, 3), np.uint8), rng.integers(0, case.classes, n).astype("int32")
+    )
+    none, classes = split.take(slice(0)), tuple(map(str, range(case.classes)))
+    stream = data.pipeline(data.Images(split, none, none, classes, (0.5,) * 3, (0.25,) * 3, "noise"), recipe)["train"]
+    steps = itertools.cycle(range(len(stream)))
+    return lambda: stream[next(steps)]
+
+
+def keras_step(name: str, case, images, labels):
+    import keras
+
+    options = {"weights": None, "classes": case.classes, "classifier_activation": None}
+    model = getattr(keras.applications, name)(input_shape=images.shape[1:], **options)
+    _compiled(model)
+    return lambda: model.train_on_batch(images, labels)
+
+
+def timm_step(name: str, case, images, labels):
+    import timm
+    import torch
+
+    model = timm.create_model(name, num_classes=case.classes).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    y = torch.from_numpy(labels).long()
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def agc_step(name: str, case, images, labels):
+    """A training step that clips adaptively."""
+    import nfzoo
+
+    model = _nfzoo_model(name, case, images)
+    model.compile(model.optimizer, model.loss, agc=nfzoo.AGC(0.01))
+    return lambda: model.train_on_batch(images, labels)
+
+
+# ---------------------------------------------------------------- inference
+def _inferring(model, images):
+    """Keras' `predict` takes a millisecond for itself; a compiled call is what a server would have."""
+    import tensorflow as tf
+
+    call, x = tf.function(lambda x: model(x, training=False), jit_compile=False), tf.constant(images)
+    return lambda: call(x).numpy()
+
+
+def _built(name: str, case, images):
+    import nfzoo
+
+    return nfzoo.build(name, classes=case.classes, input_shape=images.shape[1:], **case.options)
+
+
+def infer(name: str, case, images, labels):
+    """As it was trained."""
+    return _inferring(_built(name, case, images), images)
+
+
+def folded(name: str, case, images, labels):
+    """What is constant is folded into kernels; grouped convolutions are nfzoo's."""
+    import nfzoo
+
+    return _inferring(nfzoo.fold(_built(name, case, images), portable=False), images)
+
+
+def portable(name: str, case, images, labels):
+    """Folded to Keras' own layers."""
+    import nfzoo
+
+    return _inferring(nfzoo.fold(_built(name, case, images)), images)
+
+
+def _exported(ending: str):
+    def artefact(name: str, case, images, labels):
+        from nfzoo.export import export, runtimes
+
+        path = pathlib.Path(tempfile.mkdtemp()) / f"model{ending}"
+        export(_built(name, case, images), path, images=images)
+        run, _ = runtimes.load(path)
+        return lambda: run(images)
+
+    return artefact
+
+
+def keras_infer(name: str, case, images, labels):
+    import keras
+
+    options = {"weights": None, "classes": case.classes, "classifier_activation": None}
+    return _inferring(getattr(keras.applications, name)(input_shape=images.shape[1:], **options), images)
+
+
+def timm_infer(name: str, case, images, labels):
+    import timm
+    import torch
+
+    model = timm.create_model(name, num_classes=case.classes).to(memory_format=torch.channels_last).eval()
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+    def step():
+        with torch.inference_mode():
+            return model(x).numpy()
+
+    return step
+
+
+CONTESTANTS = {
+    "nfzoo": nfzoo_step, "probe": probe_step, "full_probe": full_probe_step, "live": live_step, "agc": agc_step,
+    "batches": batches_step, "keras.applications": keras_step, "timm": timm_step,
+    "infer": infer, "folded": folded, "portable": portable, "saved_model": _exported(""),
+    "litert": _exported(".tflite"), "onnx": _exported(".onnx"), "keras_infer": keras_infer, "timm_infer": timm_infer,
+}  # fmt: skip
+# Beside what nfzoo needs.
+PACKAGES = {
+    "timm": ("torch", "timm"), "timm_infer": ("torch", "timm"), "litert": ("ai_edge_litert",),
+    "onnx": ("onnxruntime", "tf2onnx"),
+}  # fmt: skip
+
+
+def peak_mb() -> float:
+    """The largest resident memory of this process (Linux)."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def main(case: str, contestant: str) -> None:
+    case, (library, name) = SimpleNamespace(**json.loads(case)), contestant.split(":")
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((case.batch, case.size, case.size, 3)).astype("float32")
+    labels = rng.integers(0, case.classes, case.batch)
+    began = time.perf_counter()
+    step = CONTESTANTS[library](name, case, images, labels)
+    built = time.perf_counter() - began
+    for _ in range(3):
+        step()
+    print(json.dumps(built), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "peak":
+            print(json.dumps(peak_mb()), flush=True)
+            continue
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        print(json.dumps((time.perf_counter() - began) / int(line)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,63 @@
+"""Put the tables of training/results into the documents that show them: python training/tables.py [--check]."""
+
+import pathlib
+import re
+import sys
+
+import certify
+import pandas as pd
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "training" / "results"
+
+
+def _certificates() -> str:
+    return certify.markdown(pd.read_csv(RESULTS / "certify.csv"))
+
+
+def _int8() -> str:
+    lines = ["| network | float32 % | int8 % | float32 MB | int8 MB | float32 ms | int8 ms |", "| --- |" + " --- |" * 6]
+    for row in pd.read_csv(RESULTS / "int8.csv").itertuples():
+        accuracies = f"{100 * row.float32_accuracy:.2f} | {100 * row.int8_accuracy:.2f}"
+        rest = f"{row.float32_mb:.1f} | {row.int8_mb:.1f} | {row.float32_ms:.2f} | {row.int8_ms:.2f}"
+        lines.append(f"| {row.model} | {accuracies} | {rest} |")
+    return "\n".join(lines)
+
+
+def _races(pattern: str):
+    def table() -> str:
+        """The newest line of each comparison."""
+        lines = ["| case | against | ratio | min … max | at most | ms | MB |", "| --- |" + " --- |" * 6]
+        races = pd.read_csv(RESULTS / "benchmark.csv").drop_duplicates(["case", "peer"], keep="last")
+        for row in races[races.case.str.fullmatch(pattern)].itertuples():
+            spread = "" if pd.isna(row.ratio_min) else f"{row.ratio_min:.2f} … {row.ratio_max:.2f}"
+            target = "" if pd.isna(row.target) else f"{row.target:.2f}"
+            memory = "" if pd.isna(row.our_peak_mb) else f"{row.our_peak_mb:.0f} / {row.peer_peak_mb:.0f}"
+            time = f"{row.our_ms:.1f} / {row.peer_ms:.1f}"
+            lines.append(f"| {row.case} | {row.peer} | {row.ratio:.2f} | {spread} | {target} | {time} | {memory} |")
+        return "\n".join(lines)
+
+    return table
+
+
+TABLES = {
+    "certify": _certificates, "int8": _int8, "latency": _races("(latency|exported)_.*"),
+    "training": _races("nfnet_f0|nf_resnet50|efficientnet_b0_32px|.*_against_bn|agc|input_pipeline_.*"),
+}  # fmt: skip
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """A document with its tables as the results have them: what follows a mark <!-- NAME --> up to a blank line."""
+    for name in re.findall(r"^<!-- (\w+) -->$", text, re.M):
+        text = re.sub(rf"(<!-- {name} -->\n)\n?(?:\|.*\n)*", lambda mark, n=name: f"{mark[1]}\n{TABLES[n]()}\n", text)
+    return text
+
+
+if __name__ == "__main__":
+    stale = [path for path in DOCUMENTS if filled(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(f"{'stale' if '--check' in sys.argv else 'filled'}: {path.relative_to(ROOT)}")
+        if "--check" not in sys.argv:
+            path.write_text(filled(path.read_text()))
+    sys.exit(bool(stale) and "--check" in sys.argv)
