@@ -59,9 +59,10 @@ def clip(gradient: Any, weight: Any, axes: Sequence[int], clip_factor: float, ep
     limit = clip_factor * ops.maximum(unitwise_norm(weight, axes), eps) * scale
     norm = unitwise_norm(gradient, axes)
     clipped = norm > limit
-    # The floor only guards the branch that `where` discards: a norm above its limit is far from zero.
-    bounded = ops.where(clipped, gradient * (limit / ops.maximum(norm, 1e-6 * scale)), gradient)
-    return ops.cast(bounded, given), clipped
+    # One factor per unit, so that the gradient is passed over once; 1 leaves its bits as they are. The floor only
+    # guards what `where` discards: a norm above its limit is far from zero.
+    factor = ops.where(clipped, limit / ops.maximum(norm, 1e-6 * scale), 1.0)
+    return ops.cast(gradient * factor, given), clipped
 
 
 # Which axes make up a unit's fan-in, per layer type and variable. A rank does not tell: a depthwise kernel

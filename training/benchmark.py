@@ -201,15 +201,16 @@ def main(
         if absent:
             console.print(f"{name}: {', '.join(absent)} not installed: left out")
         with console.status(f"{name}: building and racing"):
-            rows += race(name, rounds, steps)
+            found = race(name, rounds, steps)
+        rows += found
+        if record:
+            _record(found)
     for row in rows:
         target = f"{row['target']:.3g}" if row["target"] else ""
         spread = f"{row['ratio_min']:.2f} … {row['ratio_max']:.2f}"
         numbers = (f"{row[key]:.{digits}f}" for key, digits in _SHOWN)
         view.add_row(row["case"], row["peer"], f"{row['ratio']:.2f}", spread, target, *numbers)
     console.print(view)
-    if record and rows:
-        _record(rows)
 
 
 def _record(rows: list[dict]) -> None:

@@ -48,10 +48,11 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def filled(text: str) -> str:
-    """A document with its tables as the results have them: what follows a mark <!-- NAME --> up to a blank line."""
+    """A document with its tables as the results have them: what follows a mark <!-- NAME -->."""
     for name in re.findall(r"^<!-- (\w+) -->$", text, re.M):
-        text = re.sub(rf"(<!-- {name} -->\n)\n?(?:\|.*\n)*", lambda mark, n=name: f"{mark[1]}\n{TABLES[n]()}\n", text)
-    return text
+        marked = rf"(<!-- {name} -->\n)\n*(?:\|.*\n)*\n*"
+        text = re.sub(marked, lambda mark, n=name: f"{mark[1]}\n{TABLES[n]()}\n\n", text)
+    return text.rstrip("\n") + "\n"
 
 
 if __name__ == "__main__":
