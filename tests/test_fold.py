@@ -12,7 +12,7 @@ NAMES = [name for name in nfzoo.list_models(tests=True) if "_test_" in name]
 FULL = ["nf_resnet50", "bn_resnet50", "dm_nfnet_f0", "bn_efficientnet_b0", "sn_efficientnet_b0", "nf_efficientnet_b0"]
 
 
-def _random(name, **options):
+def scattered(name, **options):
     """Every weight away from where it starts: zeros and ones hide what is lost."""
     model = nfzoo.build(name, **options)
     _scatter(model)
@@ -62,13 +62,13 @@ def _assert_folded(model):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folded_model_computes_the_same(name):
-    _assert_folded(_random(name))
+    _assert_folded(scattered(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size(name):
-    kept = _assert_folded(_random(name)).fold_report.kept
+    kept = _assert_folded(scattered(name)).fold_report.kept
     assert not kept  # nothing is left of normalization, standardization or scales
 
 
@@ -90,14 +90,14 @@ def test_full_size(name):
     ],
 )
 def test_options_fold(name, options):
-    model = _random(name, **options)
+    model = scattered(name, **options)
     plain = fold(model)
     _assert_same(model, plain, 64 if None in model.input_shape[1:] else None)
     assert type(plain.output) is type(model.output)
 
 
 def test_a_normalizer_free_residual_network_is_nothing_but_convolutions():
-    plain = fold(_random("nf_test_resnet"))
+    plain = fold(scattered("nf_test_resnet"))
     kinds = {type(layer).__name__ for layer in plain.layers}
     assert not kinds & {"Rescaling", "BatchNormalization"} and not plain.fold_report.kept
     assert {"stage1_block1_branch", "stage1_block1_drop"} & set(plain.fold_report.gone)
@@ -105,12 +105,12 @@ def test_a_normalizer_free_residual_network_is_nothing_but_convolutions():
 
 def test_a_stream_that_is_scaled_at_every_sum_is_scaled_by_kernels():
     """a · skip + b · branch has no multiplication left, though the skip has other users."""
-    plain = fold(_random("sn_test_efficientnet"))
+    plain = fold(scattered("sn_test_efficientnet"))
     assert not any(isinstance(layer, layers.Rescaling) for layer in plain.layers)
 
 
 def test_the_compensation_of_small_maps_goes_into_kernels():
-    model = _random("nf_test_efficientnet", padding_compensation=True, input_shape=(8, 8, 3))
+    model = scattered("nf_test_efficientnet", padding_compensation=True, input_shape=(8, 8, 3))
     plain = fold(model)
     _assert_same(model, plain)
     assert "stage3_block1_compensate2" in plain.fold_report.gone  # of a map of 1x1: one factor
@@ -159,7 +159,7 @@ def test_a_backbone_within_a_model_folds_too():
 def test_half_precision_folds_to_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        plain = fold(_random("nf_test_resnet"))
+        plain = fold(scattered("nf_test_resnet"))
         assert keras.config.dtype_policy().name == "mixed_bfloat16"
     finally:
         keras.config.set_dtype_policy("float32")
@@ -168,7 +168,7 @@ def test_half_precision_folds_to_float32():
 
 
 def test_grouped_convolutions_stay_fast_where_nfzoo_is():
-    model = _random("nf_test_nfnet")
+    model = scattered("nf_test_nfnet")
     plain = fold(model, portable=False)
     _assert_same(model, plain)
     kinds = {type(layer) for layer in plain.layers if getattr(layer, "groups", 1) > 1}
@@ -176,7 +176,7 @@ def test_grouped_convolutions_stay_fast_where_nfzoo_is():
 
 
 def test_it_loads_where_nfzoo_is_not(tmp_path, fresh_process):
-    model = _random("sn_test_efficientnet")
+    model = scattered("sn_test_efficientnet")
     plain = fold(model)
     plain.save(tmp_path / "plain.keras")
     x = np.random.default_rng(1).standard_normal((2, *model.input_shape[1:])).astype("float32")
@@ -193,9 +193,9 @@ print(json.dumps(np.asarray(model(np.load(sys.argv[1] + "/x.npy"))).tolist()))
 
 
 def test_what_cannot_be_folded_is_told():
-    kept = fold(_random("eun_test_resnet")).fold_report.kept
+    kept = fold(scattered("eun_test_resnet")).fold_report.kept
     assert kept["stem_standardize1"] == "standardizes by what comes in"
-    kept = fold(_random("fixup_test_resnet")).fold_report.kept
+    kept = fold(scattered("fixup_test_resnet")).fold_report.kept
     assert kept["stage1_block1_preconv2"] == "shifts stage1_block1_act1 before zeros are padded"
 
     class Own(keras.Model):

@@ -63,6 +63,11 @@ TRAINING = {
     "sn_against_bn": Case(f"sn_{_B0}", 32, 128, {f"nfzoo:bn_{_B0}": 0.75}, classes=100),
     "nf_against_bn": Case(f"nf_{_B0}", 32, 128, {f"nfzoo:bn_{_B0}": None}, classes=100),
     "agc": Case(f"agc:nf_{_B0}", 32, 128, {f"nfzoo:nf_{_B0}": 1.03}, classes=100),
+    # EUNNet's Table 6: memory of training against its BN twin.
+    **{
+        f"memory_{variant}_resnet50": Case(f"{variant}_resnet50", 224, 16, {"nfzoo:bn_resnet50": None})
+        for variant in ("fixup", "rescale", "eun", "nf")
+    },
     # What it costs to look, in training steps. An epoch of CIFAR-100's 40,000 training images has 312 steps of 128: one
     # default probe at its end may take 3 % of that.
     **{

@@ -70,6 +70,9 @@ _PHOTOS = {
     "agc": None, "batch_size": 64, "epochs": 6,
 }  # fmt: skip
 
+# Photos of ten classes at 32 pixels, the same 23,000 examples whatever the batch; the learning rate goes with it.
+_SMALL = {"data.name": "runs/imagenette", "data.image_size": 32, "agc": None, "epochs": 8}
+
 _CHANCE = (1.0, 0.1)
 
 
@@ -134,6 +137,14 @@ TABLES: dict[str, list[Row]] = {
         Row("EUN", "eun_resnet50", "demo", changes=_PHOTOS, seeds=(0,)),
     ],
 }
+
+TABLES["small_batches"] = [
+    Row(
+        f"{name.upper()}, batch {batch}", f"{name}_resnet20_cifar", "small_batch",
+        changes={**_SMALL, "batch_size": batch}, seeds=(0, 1, 2),
+    )
+    for name in ("bn", "gn", "sn", "nf") for batch in (2, 4, 16, 128)
+]  # fmt: skip
 
 _HE = {"init": "he", "dialect": "deepmind"}
 _NF = {"alpha": 1.0, "skip_gain": 1.0}

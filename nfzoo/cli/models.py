@@ -42,6 +42,9 @@ def info(
     model: Model,
     agc: Annotated[bool, typer.Option("--agc", help="print every variable with its unit axes and clip factor")] = False,
     factor: Annotated[float, typer.Option(help="clip factor shown by --agc")] = 0.01,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="print what a training step keeps for its backward pass")
+    ] = False,
     build: Build = None,
     as_json: AsJson = False,
 ) -> None:
@@ -51,6 +54,9 @@ def info(
     from nfzoo import names, registry
 
     overrides = overrides_of(build)
+    if memory:
+        _memory(registry.build(model, **overrides), as_json)
+        return
     if not agc:
         facts = asdict(registry.model_info(model, **overrides))
         if as_json:
@@ -78,6 +84,24 @@ def info(
     for row in rows:
         units = "not clipped" if row["axes"] is None else "all" if not row["axes"] else str(row["axes"])
         view.add_row(row["variable"], str(row["shape"]), units, "–" if row["factor"] is None else f"{factor:g}")
+    console.print(view)
+
+
+def _memory(net, as_json: bool) -> None:
+    from nfzoo.memory import stored
+
+    found = dataclasses.asdict(stored(net))
+    if as_json:
+        print(json.dumps(found))
+        return
+    told = {
+        "kept": "activations that the backward pass reads again, per example",
+        "outputs": "outputs of all layers, per example",
+        "weights": "parameters; their gradients, and each slot of the optimizer, as much again",
+    }
+    view = Table("MB", "of float32", title=net.name)
+    for key, text in told.items():
+        view.add_row(f"{found[key] / 1e6:,.1f}", text)
     console.print(view)
 
 
