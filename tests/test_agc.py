@@ -170,7 +170,7 @@ def test_no_agc_no_change_and_no_log(raw_step):
         np.testing.assert_allclose(changes[path], gradient, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrap", [True, False])
+@pytest.mark.parametrize("wrap", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_loss_scale_does_not_change_what_is_clipped(wrap):
     """float32 arithmetic with a loss scale of 2^15 equals no loss scale: the trap of clipping scaled gradients."""
     config = nfzoo.AGC(0.01, log_clipped=True)
@@ -185,6 +185,7 @@ def test_loss_scale_does_not_change_what_is_clipped(wrap):
         np.testing.assert_allclose(scaled[path], plain[path], atol=1e-7, rtol=1e-3)
 
 
+@pytest.mark.slow  # of a whole fit; the suite has the case
 def test_mixed_float16_clips_as_float32():
     config = nfzoo.AGC(0.01, log_clipped=True)
     _, _, plain, logs = _step(agc_config=config)

@@ -47,6 +47,7 @@ def test_the_committed_table_is_of_every_network_and_agrees_with_what_they_say()
         assert nfzoo.model_info(row.model, **json.loads(row.build)).batch_independent == row.independent
 
 
+@pytest.mark.slow
 def test_the_command(capsys):
     from nfzoo.cli import app
 

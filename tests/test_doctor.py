@@ -124,6 +124,7 @@ def test_clipping_is_told_of_models_that_clip():
         assert _findings(network, agc=nfzoo.AGC(factor), steps=2)["clipping"].severity == severity
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was():
     network = nfzoo.build("bn_test_resnet", classes=2, input_shape=(8, 8, 3))
     network.compile(keras.optimizers.Adam(0.1), LOGITS)

@@ -154,7 +154,7 @@ def test_a_model_by_name_and_one_of_keras(tmp_path):
         export.export(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]), tmp_path / "s")
 
 
-@pytest.mark.parametrize("format", EACH)
+@pytest.mark.parametrize("format", [pytest.param(f, marks=[] if f == "onnx" else pytest.mark.slow) for f in ENDINGS])
 def test_serve_check(run, tmp_path, format):
     Image.fromarray(load_sample_image("china.jpg")).save(tmp_path / "china.png")
     to = tmp_path / f"nf{ENDINGS[format]}"
@@ -196,6 +196,7 @@ def test_full_size_in_every_format(name, tmp_path):
         assert export.export(name, tmp_path / f"{name}{ending}", examples=2)["largest_relative_difference"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "nf"])
 def test_model_export_of_every_variant(variant, tmp_path):
     import tensorflow as tf

@@ -60,7 +60,9 @@ def _assert_folded(model):
     return plain
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if "_resnet" in n or "_efficientnet" in n else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_a_folded_model_computes_the_same(name):
     _assert_folded(scattered(name))
 
@@ -175,6 +177,7 @@ def test_grouped_convolutions_stay_fast_where_nfzoo_is():
     assert kinds == {nfzoo.layers.GroupedConv2D}
 
 
+@pytest.mark.slow
 def test_it_loads_where_nfzoo_is_not(tmp_path, fresh_process):
     model = scattered("sn_test_efficientnet")
     plain = fold(model)

@@ -27,11 +27,19 @@ def test_by_hand():
 def test_batch_normalization_keeps_what_its_twins_do_not():
     kept = {
         name: memory.stored(nfzoo.build(f"{name}_resnet26", input_shape=(64, 64, 3))).kept
-        for name in ("bn", "gn", "nf", "none", "skipinit", "rescale")
+        for name in ("bn", "gn", "none", "skipinit", "rescale")
     }
     assert kept["bn"] == kept["gn"] > 1.3 * kept["none"]
     assert kept["none"] < kept["skipinit"] < kept["bn"]
-    assert kept["rescale"] > kept["bn"] and kept["nf"] > kept["bn"]  # maps before and after a shift, or a factor
+    assert kept["rescale"] > kept["bn"]  # maps before and after a shift
+
+
+def test_a_factor_behind_an_activation_gives_a_map_of_its_own():
+    inside, behind = (
+        memory.stored(nfzoo.build("nf_resnet26", input_shape=(64, 64, 3), activation="relu", gamma_in=place)).kept
+        for place in ("kernel", "activation")
+    )
+    assert behind > 1.2 * inside
 
 
 def test_sizes_must_be_fixed():

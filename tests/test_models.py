@@ -87,19 +87,6 @@ def test_save_and_load(tiny, tmp_path):
     np.testing.assert_array_equal(np.asarray(clone(x)), np.asarray(tiny(x)))
 
 
-@tiny_models
-def test_batch_independence_is_what_model_info_says(tiny):
-    """f(batch)[i] = f(example i) in training mode too, or else the model says so. BN: false."""
-    x = _noise(tiny)
-    for layer in tiny.layers:
-        if isinstance(layer, keras.layers.Dropout):
-            layer.rate = 0.0
-    whole = np.asarray(tiny(x, training=True))
-    alone = np.concatenate([np.asarray(tiny(x[i : i + 1], training=True)) for i in range(len(x))])
-    independent = np.abs(whole - alone).max() < 1e-4 * np.abs(whole).max()
-    assert independent == nfzoo.model_info(tiny.name).batch_independent
-
-
 @pytest.mark.slow
 def test_a_saved_model_loads_in_a_fresh_process_after_import_nfzoo_alone(tmp_path, fresh_process):
     model = nfzoo.build("nf_test_efficientnet")
@@ -127,8 +114,12 @@ def test_layer_names_do_not_depend_on_what_was_built_before(variant):
     assert first.layers[0].name == "image" and first.layers[-1].name == "head"
 
 
+MIXED = [*(f"{v}_test_efficientnet" for v in VARIANTS), "nf_test_resnet", "bn_test_resnet"]
+FAST = ("nf_test_efficientnet", "bn_test_resnet")
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [*(f"{v}_test_efficientnet" for v in VARIANTS), "nf_test_resnet", "bn_test_resnet"])
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MIXED])
 def test_mixed_precision(name, policy, images):
     keras.config.set_dtype_policy(policy)
     model = nfzoo.build(name)

@@ -43,7 +43,7 @@ def test_poster_logits(stored):
 
 # ---------------------------------------------------------------- through the converters
 # The rest of the stored references takes a minute more: they run with the slow tests.
-FAST = ("timm/nf_resnet50", "timm/nf_regnet_b1", "timm/efficientnet_b0", "timm/resnetv2_50", "deepmind/fixup_resnet50")
+FAST = ("timm/nf_resnet50", "timm/nf_regnet_b1", "timm/efficientnet_b0", "deepmind/fixup_resnet50")
 STORED = sorted(
     f"{path.parent.name}/{path.stem}" for s in ("timm", "deepmind") for path in (reference.FOLDER / s).glob("*")
 )
@@ -81,9 +81,10 @@ def _deepmind_metrics(rows) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("name", "shape", "classes"),
     [
-        ("EfficientNetB0", (64, 64, 3), 1000), ("EfficientNetB0", (75, 75, 3), 1000),
+        ("EfficientNetB0", (64, 64, 3), 1000),
+        pytest.param("EfficientNetB0", (75, 75, 3), 1000, marks=pytest.mark.slow),
         pytest.param("EfficientNetB3", (64, 64, 3), 1000, marks=pytest.mark.slow),
-        ("EfficientNetB3", (75, 75, 3), 1000),
+        pytest.param("EfficientNetB3", (75, 75, 3), 1000, marks=pytest.mark.slow),
         ("ResNet50", (64, 64, 3), 11), ("ResNet50V2", (75, 90, 3), 11),
     ],
 )  # fmt: skip

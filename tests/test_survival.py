@@ -253,6 +253,7 @@ def test_weights_that_the_loss_hides(tmp_path, monkeypatch, console):
     assert all(np.isfinite(w).all() for w in engine.load_run(tmp_path / "run").get_weights())
 
 
+@pytest.mark.slow
 def test_moving_averages_are_judged_and_kept(tmp_path, console):
     recipe = _recipe(ema=0.9)
     metrics = _run(tmp_path / "run", console, recipe)

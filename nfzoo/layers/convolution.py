@@ -182,7 +182,7 @@ class CompensatePadding(keras.layers.Layer):
     Example:
         >>> import numpy as np
         >>> y = CompensatePadding(3)([np.ones((1, 3, 3, 1), "float32"), np.ones((1, 3, 3, 1), "float32")])
-        >>> np.asarray(y)[0, :, :, 0].round(2).tolist()
+        >>> np.asarray(y, "float64")[0, :, :, 0].round(2).tolist()
         [[1.5, 1.22, 1.5], [1.22, 1.0, 1.22], [1.5, 1.22, 1.5]]
     """
 
