@@ -18,7 +18,7 @@ RECIPE = recipes.override(recipes.get("demo"), {"data.name": "fake", "epochs": 1
 ENDINGS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx", "keras": ".keras"}
 SLOW = ("saved_model", "keras")  # TensorFlow starts in each of their processes
 EACH = [pytest.param(format, marks=[pytest.mark.slow] if format in SLOW else []) for format in ENDINGS]
-FULL = ["nf_resnet50", "dm_nfnet_f0", "bn_efficientnet_b0", "sn_efficientnet_b0", "nf_efficientnet_b0"]
+FULL = ["nf_resnet50", "dm_nfnet_f0", "sn_efficientnet_b0"]
 
 
 @pytest.fixture(scope="module")
