@@ -192,7 +192,8 @@ def test_every_network_in_every_format(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_in_every_format(name, tmp_path):
-    for ending in (".tflite", ".onnx", ""):
+    # tf2onnx takes more than 20 GB for the 71 million parameters of NFNet-F0: docs/deployment.md.
+    for ending in (".tflite", "") if name == "dm_nfnet_f0" else (".tflite", ".onnx", ""):
         assert export.export(name, tmp_path / f"{name}{ending}", examples=2)["largest_relative_difference"] < 1e-4
 
 
