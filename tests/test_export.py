@@ -107,6 +107,20 @@ def test_a_failure_names_the_operator(tmp_path, ending):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_network_of_half_precision_is_served_in_float32(tmp_path, fold):
+    """Its own outputs differ by a percent: what is compared is the float32 network of its weights."""
+    wide = scattered("nf_test_resnet")
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    half = nfzoo.build("nf_test_resnet")
+    half.set_weights(wide.get_weights())
+    keras.config.set_dtype_policy("float32")
+    assert export.export(half, tmp_path / "half.onnx", fold=fold)["largest_relative_difference"] < 1e-4
+    x = np.random.default_rng(0).standard_normal((2, *wide.input_shape[1:])).astype("float32")
+    expected, got = np.asarray(wide(x)), runtimes.load(tmp_path / "half.onnx")[0](x)
+    assert abs(got - expected).max() < 1e-4 * abs(expected).max()
+
+
 def test_preprocessing_can_be_part_of_it(run, tmp_path):
     to = tmp_path / "raw.onnx"
     entry = export.export(run, to, preprocess=True)

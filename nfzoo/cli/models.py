@@ -1,4 +1,4 @@
-"""Commands on networks: list, info, convert."""
+"""Commands on networks: list, info, certify, convert."""
 
 import dataclasses
 import json

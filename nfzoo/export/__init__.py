@@ -76,7 +76,7 @@ def export(
     entries = _entries(to.parent / "manifest.json")
     if preprocess:
         found = with_preprocessing(found)
-    made = _weights(found, to) if name == "weights" else _artefact(found, to, name, fold, quantize, examples)
+    made = _weights(found, to) if name == "weights" else _artefact(found, to, name, fold, quantize)
     entry = {"format": name, **made, **found.card}
     with atomic(to.parent / "manifest.json") as partial:
         partial.write_text(json.dumps({**entries, to.name.removesuffix(".safetensors"): entry}, indent=1) + "\n")
@@ -95,16 +95,16 @@ def _weights(found, to: pathlib.Path) -> dict:
     return {"weights": to.name, "sha256": sha256(to), "largest_relative_difference": difference}
 
 
-def _artefact(found, to: pathlib.Path, name: str, fold: bool, quantize: str | None, examples: int) -> dict:
+def _artefact(found, to: pathlib.Path, name: str, fold: bool, quantize: str | None) -> dict:
     model = folded(found.model, portable=formats.FORMATS[name].portable) if fold else found.model
     x = found.images
+    expected = found.model.predict(x, verbose=0)  # before it is written: Keras exports no model that was never called
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
         partial = pathlib.Path(folder) / to.name
         formats.write(name, model, partial, found.calibration if quantize else None)
         cards.write(partial, {**found.card, "folded": fold, "quantized": quantize})
         outputs, speed = _reload(partial, x, name)
-        expected = found.model.predict(x, verbose=0)
         difference = _difference(outputs, expected, np.inf if quantize else TOLERANCE)
         digest = folder_sha256(partial) if partial.is_dir() else sha256(partial)
         size = sum(p.stat().st_size for p in ([partial] if partial.is_file() else partial.rglob("*")) if p.is_file())

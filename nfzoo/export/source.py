@@ -42,7 +42,21 @@ def source_of(given: keras.Model | str | pathlib.Path, examples: int, images: np
         FileNotFoundError, ValueError: for anything else.
     """
     source = _found(given, examples)
+    source = replace(source, model=_in_float32(source.model))
     return source if images is None else replace(source, images=images[:examples], calibration=images[:examples])
+
+
+def _in_float32(model: keras.Model) -> keras.Model:
+    """Artefacts compute in float32; so does what they are compared with, whatever precision the network learned in."""
+    if all(layer.compute_dtype == "float32" for layer in model._flatten_layers(include_self=False)):
+        return model
+
+    def widened(layer: keras.Layer) -> keras.Layer:
+        return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+
+    twin = keras.models.clone_model(model, clone_function=widened)
+    twin.set_weights(model.get_weights())
+    return twin
 
 
 def _found(given: keras.Model | str | pathlib.Path, examples: int) -> Source:

@@ -21,7 +21,7 @@ from nfzoo.layers import (
     StochasticDepth,
     Tap,
     activation_function,
-)  # fmt: skip
+)
 from nfzoo.models.sites import Site
 
 
