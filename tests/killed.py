@@ -30,18 +30,16 @@ def die(by: signal.Signals = signal.SIGKILL) -> None:
     os.kill(os.getpid(), by)
 
 
-class Suicide(callbacks.StopOnNaN):
-    """Dies at the end of a step, when nothing was told of it yet."""
-
-    def __init__(self, at: int, by: signal.Signals = signal.SIGKILL):
-        super().__init__()
-        self.at, self.by = at, by
+def die_at(step: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Die at the end of a step, when nothing was told of it yet."""
+    told, left = callbacks.StopOnNaN.on_train_batch_end, iter(range(step - 1, -1, -1))
 
     def on_train_batch_end(self, batch, logs=None):
-        super().on_train_batch_end(batch, logs)
-        self.at -= 1
-        if not self.at:
-            die(self.by)
+        told(self, batch, logs)
+        if next(left, None) == 0:
+            die(by)
+
+    callbacks.StopOnNaN.on_train_batch_end = on_train_batch_end
 
 
 def half_written(model, path, **_):
@@ -52,9 +50,9 @@ def half_written(model, path, **_):
 def main(out: str, point: str) -> None:
     warnings.simplefilter("ignore")
     if point.isdigit():
-        callbacks.StopOnNaN = lambda: Suicide(int(point))
+        die_at(int(point))
     elif point.startswith("term"):
-        callbacks.StopOnNaN = lambda: Suicide(int(point.split()[1]), signal.SIGTERM)
+        die_at(int(point.split()[1]), signal.SIGTERM)
     elif point == "write":
         keras.Model.save = half_written
     elif point in ("rename", "describe"):
