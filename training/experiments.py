@@ -109,6 +109,7 @@ TABLES: dict[str, list[Row]] = {
         Row("GN", "gn_efficientnet_b0"),
         Row("SkipInit", "skipinit_efficientnet_b0"),
         Row("Fixup", "fixup_efficientnet_b0"),
+        Row("SN, MP, standardized kernels", "sn_efficientnet_b0", build={"standardize": True}),
         Row("no BN, He by fan-in", "none_efficientnet_b0", build={"init": "he"}),
         Row("BN, small stem", "bn_efficientnet_b0", build={"stem": "small"}),
         Row("NF, AGC 0.01, small stem", "nf_efficientnet_b0", changes={"agc": 0.01}, build={"stem": "small"}),
