@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "nfzoo/__init__.py").read_text(), re.M).group(1)
 # What LiteRT and ONNX models are written and run with; a SavedModel needs TensorFlow alone.
-EXPORT = ["ai-edge-litert>=2", "onnx>=1.17", "onnxruntime>=1.20", "tf2onnx>=1.16"]
+EXPORT = ["ai-edge-litert>=2", "onnx>=1.17", "onnxruntime>=1.20"]
 
 setup(
     name="nfzoo",

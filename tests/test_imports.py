@@ -125,9 +125,10 @@ ALLOWED = {
     "export/runtimes.py": set(),
     "export/card.py": set(),
     "export/source.py": {"data", "engine", "recipes", "registry", "weights"},
-    "export/formats.py": {"weights"},
+    "export/onnx_file.py": {"folding.graph", "layers"},
+    "export/formats.py": {"export", "export.onnx_file", "folding", "weights"},
     "export/serve.py": {"export", "export.card", "export.runtimes"},
-    "export/__init__.py": {"export", "files", "folding", "weights"}
+    "export/__init__.py": {"export", "files", "weights"}
     | {f"export.{n}" for n in ("card", "formats", "runtimes", "serve", "source")},
     "weights.py": {"files"},
     "fetch.py": set(),
@@ -232,7 +233,7 @@ sys.meta_path.insert(0, Block())
 
 @pytest.mark.slow
 def test_everything_but_tensorflow_datasets_works_on_jax_without_tensorflow(tmp_path, fresh_process):
-    """Import, build, train with AGC, probe, resume, scan, evaluate; tfds says what to do instead."""
+    """Import, build, train with AGC, probe, resume, scan, evaluate, write ONNX; tfds says what to do instead."""
     code = (
         _WITHOUT_TENSORFLOW
         + """
@@ -242,12 +243,13 @@ import keras
 import numpy as np
 from rich.console import Console
 import nfzoo
-from nfzoo import data, engine, recipes, spp, tune
+from nfzoo import data, engine, export, recipes, spp, tune
 recipe = recipes.override(recipes.get("demo"), {"data.name": "fake", "epochs": 2, "batch_size": 64, "data.limit": 128})
 quiet = Console(quiet=True)
 out = sys.argv[1]
 metrics = engine.run("nf_test_efficientnet", recipe, out + "/run", console=quiet)
 log = spp.read(out + "/run")
+exported = export.export(out + "/run", out + "/run.onnx")["largest_relative_difference"]
 scan = tune.scan(["sn_test_ffnn"], [0.1, 0.01], recipe, out + "/scan", seeds=[0], console=quiet)
 try:
     data.load(recipes.Data(name="cifar100"))
@@ -268,14 +270,15 @@ for probed in (False, True):
 untouched = all((a == b).all() for a, b in zip(*weights)) and probe.table().step.nunique() == 5
 print(json.dumps([
     untouched, metrics["status"], sorted(log.kind.unique()), log.step.unique().tolist(), len(scan), advice,
-    engine.evaluate(out + "/run")["images"], "tensorflow" in sys.modules,
+    engine.evaluate(out + "/run")["images"], "tensorflow" in sys.modules, exported,
 ]))
 """
     )
     result = fresh_process(code, tmp_path, KERAS_BACKEND="jax")
-    untouched, status, kinds, steps, trials, advice, images, loaded = result
+    untouched, status, kinds, steps, trials, advice, images, loaded, exported = result
     assert untouched  # probing between the steps of an epoch, where JAX keeps the state out of the model
     assert (status, steps, trials, images, loaded) == ("complete", [0, 2, 4], 2, 64, False)
+    assert exported < 1e-4
     assert kinds == ["activation", "effective_weight", "gradient", "weight", "weight_gradient"]
     assert "nfzoo data" in advice and ".npz" in advice
 

@@ -191,7 +191,7 @@ CONTESTANTS = {
 # Beside what nfzoo needs.
 PACKAGES = {
     "timm": ("torch", "timm"), "timm_infer": ("torch", "timm"), "litert": ("ai_edge_litert",),
-    "onnx": ("onnxruntime", "tf2onnx"),
+    "onnx": ("onnx", "onnxruntime"),
 }  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from nfzoo.export import formats, runtimes
 from nfzoo.export.serve import serve_check
 from nfzoo.export.source import source_of, with_preprocessing
 from nfzoo.files import atomic, sha256
-from nfzoo.folding import fold as folded
 
 __all__ = ["export", "folder_sha256", "serve_check"]
 
@@ -87,22 +86,21 @@ def _weights(found, to: pathlib.Path) -> dict:
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
         partial = pathlib.Path(folder) / to.name
-        formats.write("weights", found.model, partial)
+        formats.write("weights", found.model, partial, fold=False)
         again = keras.models.clone_model(found.model)
         weights.load(again, partial)
-        difference = _difference(*(net.predict(found.images, verbose=0) for net in (again, found.model)))
+        difference = _difference(*(_computed(net, found.images) for net in (again, found.model)))
         partial.rename(to)
     return {"weights": to.name, "sha256": sha256(to), "largest_relative_difference": difference}
 
 
 def _artefact(found, to: pathlib.Path, name: str, fold: bool, quantize: str | None) -> dict:
-    model = folded(found.model, portable=formats.FORMATS[name].portable) if fold else found.model
     x = found.images
-    expected = found.model.predict(x, verbose=0)  # before it is written: Keras exports no model that was never called
+    expected = _computed(found.model, x)  # before it is written: Keras exports no model that was never called
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
         partial = pathlib.Path(folder) / to.name
-        formats.write(name, model, partial, found.calibration if quantize else None)
+        formats.write(name, found.model, partial, fold, found.calibration if quantize else None)
         cards.write(partial, {**found.card, "folded": fold, "quantized": quantize})
         outputs, speed = _reload(partial, x, name)
         difference = _difference(outputs, expected, np.inf if quantize else TOLERANCE)
@@ -112,6 +110,12 @@ def _artefact(found, to: pathlib.Path, name: str, fold: bool, quantize: str | No
     same = {"same_class": float((outputs.argmax(-1) == expected.argmax(-1)).mean())} if quantize else {}
     made = {"path": to.name, "sha256": digest, "bytes": size, "largest_relative_difference": difference, **same}
     return {**made, **speed, "folded": fold, "quantized": quantize}
+
+
+def _computed(model: keras.Model, x: np.ndarray, batch: int = 32) -> np.ndarray:
+    """Outputs in inference. `predict` wants TensorFlow on any backend."""
+    parts = [model(x[start : start + batch], training=False) for start in range(0, len(x), batch)]
+    return np.concatenate([keras.ops.convert_to_numpy(part) for part in parts])
 
 
 def _reload(artefact: pathlib.Path, x: np.ndarray, name: str) -> tuple[np.ndarray, dict]:

@@ -1,10 +1,8 @@
 """One writer per format; what a format cannot express is named."""
 
 import importlib.util
-import logging
 import pathlib
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +10,9 @@ import keras
 import numpy as np
 
 from nfzoo import weights
+from nfzoo.export import onnx_file
+from nfzoo.folding import fold as folded
+from nfzoo.folding import folded_graph
 
 
 @dataclass(frozen=True)
@@ -19,25 +20,25 @@ class Format:
     """A kind of artefact.
 
     Attributes:
-        write: (model, path, calibration images or None) → None.
+        write: (model, path, whether to fold it, calibration images or None) → None.
         suffix: of its path; "" is a folder.
         packages: that writing and reloading need.
-        portable: whether its runtime has Keras' own layers only.
     """
 
-    write: Callable[[keras.Model, pathlib.Path, np.ndarray | None], None]
+    write: Callable[[keras.Model, pathlib.Path, bool, np.ndarray | None], None]
     suffix: str
     packages: tuple[str, ...] = ()
-    portable: bool = False
 
 
-def _saved_model(model: keras.Model, path: pathlib.Path, calibration: None) -> None:
+def _saved_model(model: keras.Model, path: pathlib.Path, fold: bool, calibration: None) -> None:
+    model = folded(model, portable=False) if fold else model
     model.export(path, format="tf_saved_model", verbose=False)
 
 
-def _litert(model: keras.Model, path: pathlib.Path, calibration: np.ndarray | None) -> None:
+def _litert(model: keras.Model, path: pathlib.Path, fold: bool, calibration: np.ndarray | None) -> None:
     import tensorflow as tf
 
+    model = folded(model, portable=False) if fold else model
     options = {"target_spec": {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}}  # all that its runtime has
     if calibration is not None:
         model = _with_bounded_selu(model)
@@ -69,31 +70,24 @@ def _with_bounded_selu(model: keras.Model) -> keras.Model:
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # Klambauer et al. 2017, equation 14
 
 
-def _onnx(model: keras.Model, path: pathlib.Path, calibration: None) -> None:
-    import onnx
-
-    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # what it cannot express shows when it is reloaded
-    model.export(path, format="onnx", verbose=False)
-    written = onnx.load(path)
-    for tensor in (*written.graph.input, *written.graph.output):
-        if not tensor.type.tensor_type.shape.dim[0].dim_value:
-            tensor.type.tensor_type.shape.dim[0].dim_param = "batch"
-    onnx.save(written, path)
+def _onnx(model: keras.Model, path: pathlib.Path, fold: bool, calibration: None) -> None:
+    graph, _ = folded_graph(model, fold)
+    onnx_file.write(graph, model, path)
 
 
-def _keras(model: keras.Model, path: pathlib.Path, calibration: None) -> None:
-    model.save(path)
+def _keras(model: keras.Model, path: pathlib.Path, fold: bool, calibration: None) -> None:
+    (folded(model) if fold else model).save(path)
 
 
-def _weights(model: keras.Model, path: pathlib.Path, calibration: None) -> None:
+def _weights(model: keras.Model, path: pathlib.Path, fold: bool, calibration: None) -> None:
     weights.save(model, path)
 
 
 FORMATS = {
     "saved_model": Format(_saved_model, "", ("tensorflow",)),
     "litert": Format(_litert, ".tflite", ("tensorflow", "ai_edge_litert")),
-    "onnx": Format(_onnx, ".onnx", ("tensorflow", "tf2onnx", "onnx", "onnxruntime")),
-    "keras": Format(_keras, ".keras", portable=True),
+    "onnx": Format(_onnx, ".onnx", ("onnx", "onnxruntime")),
+    "keras": Format(_keras, ".keras"),
     "weights": Format(_weights, ".safetensors"),
 }
 
@@ -117,21 +111,19 @@ def format_of(path: pathlib.Path, name: str | None) -> str:
             f"Expected what {name} is written and reloaded with. Received: no {', '.join(absent)}; "
             "pip install 'nfzoo[export]'"
         )
-    if name in ("litert", "onnx") and keras.backend.backend() != "tensorflow":
-        raise ValueError(f"Expected KERAS_BACKEND=tensorflow to write {name}. Received: {keras.backend.backend()}")
+    if name == "litert" and keras.backend.backend() != "tensorflow":
+        raise ValueError(f"Expected KERAS_BACKEND=tensorflow to write litert. Received: {keras.backend.backend()}")
     return name
 
 
-def write(name: str, model: keras.Model, path: pathlib.Path, calibration: np.ndarray | None = None) -> None:
+def write(name: str, model: keras.Model, path: pathlib.Path, fold: bool, calibration: np.ndarray | None = None) -> None:
     """Write a model in a format.
 
     Raises:
         ValueError: operators that the format lacks, by name.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "In the future `np.object`", FutureWarning)  # in Keras' use of tf2onnx
-            FORMATS[name].write(model, path, calibration)
+        FORMATS[name].write(model, path, fold, calibration)
     except Exception as error:
         if found := operators(str(error)):
             raise ValueError(lacking(name, found)) from error
@@ -144,6 +136,4 @@ def lacking(name: str, found: list[str]) -> str:
 
 def operators(message: str) -> list[str]:
     """Operators that a converter or a runtime says it does not know."""
-    found = re.findall(r"'tf\.(\w+)' op is neither", message) + re.findall(r"\"tf\.(\w+)\"", message)
-    found += re.findall(r"No Op registered for (\w+) with", message)
-    return sorted(set(found))
+    return sorted({*re.findall(r"'tf\.(\w+)' op is neither", message), *re.findall(r"\"tf\.(\w+)\"", message)})

@@ -1,6 +1,7 @@
 """Fold what is constant at inference into kernels and biases: a plain Keras model that computes the same."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -56,15 +57,26 @@ def fold(model: keras.Model, portable: bool = True) -> keras.Model:
         >>> plain.fold_report.difference < 1e-4, type(plain.get_layer("stem_conv1")).__name__
         (True, 'Conv2D')
     """
-    outputs = read(model)
-    graph = Graph(keras.tree.flatten(outputs))
-    simplify(graph)
+    graph, structure = folded_graph(model)
     kept = {node.name: _reason(graph, node) for node in graph if node.kind == "affine" or type(node.layer) in _UNFOLDED}
-    plain = emit(graph, model, outputs, portable)
+    plain = emit(graph, model, structure, portable)
     left = {layer.name for layer in plain.layers}
     gone = tuple(layer.name for layer in model.layers if layer.name not in left)
     plain.fold_report = FoldReport(gone, kept, _difference(model, plain))
     return plain
+
+
+def folded_graph(model: keras.Model, fold: bool = True) -> tuple[Graph, Any]:
+    """The graph of a model, and its outputs in their structure, e.g. a dict.
+
+    Args:
+        fold: move constants into kernels. Without it they stay nodes; standardized kernels are plain ones either way.
+    """
+    outputs = read(model)
+    graph = Graph(keras.tree.flatten(outputs))
+    if fold:
+        simplify(graph)
+    return graph, outputs
 
 
 def _reason(graph: Graph, node: Node) -> str:

@@ -89,7 +89,7 @@ def _affine(node: Node, inputs):
 
 
 def _act(node: Node, inputs):
-    if getattr(node.function, "__name__", "") == "gelu_tanh":
+    if node.activation == "gelu_tanh":
         return _named(node.name, lambda x: ops.gelu(x, approximate=True), inputs[0])
     return layers.Activation(node.function, name=node.name)(inputs[0])
 

@@ -45,6 +45,11 @@ class Node:
     function: Callable | str | None = None
     call: tuple[tuple, dict] = ((), {})
 
+    @property
+    def activation(self) -> str:
+        """The name of its function."""
+        return getattr(self.function, "__name__", str(self.function))
+
 
 class Graph:
     """Nodes that lead to the outputs, and who uses whom.
@@ -248,6 +253,21 @@ def _scaled_activation(layer, inputs) -> Node:
     return affine(f"{layer.name}_scale", activation, layer.scale)
 
 
+def _relu(layer, inputs) -> Node:
+    known = {None: keras.activations.relu, 6: keras.activations.relu6}
+    if layer.negative_slope or layer.threshold or layer.max_value not in known:
+        return Node("layer", layer.name, inputs, layer, call=((inputs[0],), {}))
+    return Node("act", layer.name, inputs, function=known[layer.max_value])
+
+
+def _given_normalization(layer, inputs) -> Node:
+    if layer.axis not in ((), (-1,), (len(layer.input.shape) - 1,)):
+        return Node("layer", layer.name, inputs, layer, call=((inputs[0],), {}))
+    mean, deviation = array(layer.mean).ravel(), np.sqrt(array(layer.variance).ravel())
+    scale = np.maximum(deviation, keras.config.epsilon())
+    return affine(layer.name, inputs[0], scale if layer.invert else 1 / scale, mean if layer.invert else -mean / scale)
+
+
 _READERS: list[tuple] = [
     (DROPPED, lambda layer, inputs: inputs[0]),
     (layers.DepthwiseConv2D, _linear("depthwise")),
@@ -261,6 +281,8 @@ _READERS: list[tuple] = [
     (CenteringBias, _centering),
     (ScaledActivation, _scaled_activation),
     (layers.Activation, lambda layer, inputs: Node("act", layer.name, inputs, function=layer.activation)),
+    (layers.ReLU, _relu),
+    (layers.Normalization, _given_normalization),
     (Merge, _merge),
     (layers.Add, lambda layer, inputs: Node("add", layer.name, inputs)),
     (Gate, _gate),

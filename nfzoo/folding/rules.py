@@ -104,7 +104,7 @@ def _past_activations(graph: Graph, node: Node) -> bool:
 
 
 def _homogeneous(node: Node) -> bool:
-    return getattr(node.function, "__name__", node.function) in _HOMOGENEOUS
+    return node.activation in _HOMOGENEOUS
 
 
 def _past_gates(graph: Graph, node: Node) -> bool:
