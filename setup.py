@@ -37,7 +37,16 @@ setup(
         "wrapt>=1.16",
     ],
     extras_require={
-        "dev": [*EXPORT, "keras-hub>=0.32", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "selenium>=4.20"],
+        "dev": [
+            *EXPORT,
+            "ipykernel>=6",
+            "keras-hub>=0.32",
+            "nbclient>=0.10",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "selenium>=4.20",
+        ],
         "export": EXPORT,
         "jax": ["jax>=0.6"],
     },

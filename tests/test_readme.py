@@ -4,6 +4,7 @@ import pathlib
 import re
 import shlex
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -50,7 +51,7 @@ LINES = [line for language, block in FENCES if not language for line in block.sp
 COMMANDS = [line for line in LINES if line.startswith("nfzoo ")]
 _SHOWN = (line for document in DOCS for line in document.read_text().splitlines())
 # "…" stands for what a reader puts there; folders of other machines are not here.
-DOCUMENTED = [line for line in _SHOWN if re.match(r"nfzoo [a-z]", line) and not re.search("… |/shared/|--coord", line)]
+DOCUMENTED = [line for line in _SHOWN if re.match(r"nfzoo [a-z]", line) and not re.search("…|/shared/|--coord", line)]
 
 
 def test_every_command_is_shown():
@@ -80,11 +81,34 @@ def test_commands_that_are_shown_are_accepted(command, monkeypatch, capsys, tmp_
         )
 
 
+# docs/agc.md has a test of its own.
+PAGES = [page for page in DOCS if page.stem != "agc" and "```python" in page.read_text()]
+
+
 @pytest.mark.slow
-def test_python_of_the_page_on_deployment_runs(fresh_process, tmp_path):
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/deployment.md").read_text(), re.S | re.M))
-    shown = f"import os; os.chdir({str(tmp_path)!r})\n{code}\nimport json; print(json.dumps(plain.fold_report.kept))"
-    assert fresh_process(shown) == {} and (tmp_path / "plain.keras").exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_of_the_pages_runs(page, fresh_process, tmp_path):
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
+    assert fresh_process(f"import os; os.chdir({str(tmp_path)!r})\n{code}\nprint(1)") == 1
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_within_three_minutes(tmp_path):
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "docs" / "quick_start.ipynb", 4)
+    began = time.perf_counter()
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert time.perf_counter() - began < 180
+    pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) == 2
+
+
+def test_links_of_the_notebook_exist():
+    text = (ROOT / "docs" / "quick_start.ipynb").read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
+        assert (ROOT / "docs" / target).exists(), target
 
 
 @pytest.mark.slow

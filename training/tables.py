@@ -59,11 +59,36 @@ def _memory() -> str:
     return "\n".join(lines)
 
 
+def _models(family: str):
+    def table() -> str:
+        """A family's rows by size, and which variants of them others have published weights of."""
+        from nfzoo import names, registry
+        from nfzoo.convert import published
+
+        known: dict[str, dict[str, None]] = {}
+        for source, architectures in published.TABLE.items():
+            for name in map(names.parse, architectures):
+                known.setdefault(name.row, {})[f"{name.variant}: {source}"] = None
+        lines = [
+            "| architecture | px | parameters, M | multiply-adds, G | published weights |",
+            "| --- |" + " --- |" * 4,
+        ]
+        infos = {name.row: registry.model_info(str(name)) for name in names.table().values()
+                 if name.family == family and name.variant == "bn" and not name.row.startswith("test_")}  # fmt: skip
+        for row, info in sorted(infos.items(), key=lambda item: item[1].multiply_adds):
+            counts = f"{info.parameters / 1e6:.2f} | {info.multiply_adds / 1e9:.3g}"
+            lines.append(f"| {row} | {info.input_size} | {counts} | {', '.join(known.get(row, ()))} |")
+        return "\n".join(lines)
+
+    return table
+
+
 TABLES = {
     "certify": _certificates,
     "int8": _int8,
     "latency": _races("(latency|exported)_.*"),
     "memory": _memory,
+    **{f"models_{family}": _models(family) for family in ("efficientnet", "resnet", "nfnet", "regnet", "ffnn")},
     "training": _races("nfnet_f0|nf_resnet50|efficientnet_b0_32px|.*_against_bn|agc|input_pipeline_.*"),
 }
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -133,6 +133,7 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
     """
     paths = [v.path for v in model.trainable_variables]
     scale, mode = loss_scale(model), training_mode(model)
+    compiled = {}
 
     # XLA multiplies the time of a convolutional graph on a CPU; the probe stays in the plain graph.
     @tf.function(jit_compile=False)
@@ -160,12 +161,17 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
         return reduce(*wanted, *(unscaled(by_name, scale) for by_name in gradients))
 
     def call(x, y):
-        state = (
+        state = [
             [tf.convert_to_tensor(v.value) for v in vs]
             for vs in (model.trainable_variables, model.non_trainable_variables, model.metrics_variables)
-        )
+        ]
         tensors = keras.tree.map_structure(tf.convert_to_tensor, (x, y), none_is_leaf=False)
-        return run(*tensors, *state)
+        arguments = (*tensors, *state)
+        # By hand: TensorFlow takes the probes of several models for one that is traced again and again, and warns.
+        kind = (*map(len, state), *((*t.shape, t.dtype) for t in keras.tree.flatten(arguments) if t is not None))
+        if kind not in compiled:
+            compiled[kind] = run.get_concrete_function(*arguments)
+        return compiled[kind](*arguments)
 
     return call
 
