@@ -133,3 +133,14 @@ def test_documented_tables_are_those_of_the_measurements(name, tmp_path, monkeyp
     monkeypatch.setattr(signals, "RESULTS", tmp_path)
     documented = (TRAINING.parent / "docs" / "signal_propagation.md").read_text()
     assert signals.EXPERIMENTS[name].tables(measured) in documented
+
+
+def test_cost_grows_linearly_with_the_batch():
+    """As measured: twice the images take at most twice the time and memory, and a rest that does not grow."""
+    table = pd.read_csv(TRAINING / "results" / "scaling.csv")
+    assert set(table.axis) == {"batch", "resolution", "depth"} and set(table.variant) == {"bn", "nf", "sn"}
+    for _, points in table[table.axis == "batch"].groupby("variant"):
+        points = points.sort_values("value")
+        doubled = points[["ms", "peak_mb"]].to_numpy()[1:] / points[["ms", "peak_mb"]].to_numpy()[:-1]
+        assert (np.diff(points.value.to_numpy()) == points.value.to_numpy()[:-1]).all()
+        assert doubled.max() < 2.3  # a tenth and more is what neighbours on the machine add

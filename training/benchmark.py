@@ -5,7 +5,8 @@
 
 Each contestant is a process of its own with all cores; the processes take turns, a few steps each, so that both see the
 same machine. A ratio is nfzoo's time over the peer's, the median over the rounds: below 1 nfzoo is faster. Rows are
-appended to training/results/benchmark.csv. timm (with PyTorch) is optional: `pip install torch timm`.
+appended to training/results/benchmark.csv. Peers are optional: `pip install torch timm`, and for keras_cv_attention_models on
+legacy Keras (kecam) `pip install keras-cv-attention-models tf-keras`.
 """
 
 import contextlib
@@ -54,10 +55,12 @@ _F0 = {"dropout_rate": 0.0}
 _B0 = "efficientnet_b0"
 
 TRAINING = {
-    "nfnet_f0": Case("dm_nfnet_f0", 192, 4, {"timm:dm_nfnet_f0": 0.85}, _F0),
+    "nfnet_f0": Case("dm_nfnet_f0", 192, 4, {"timm:dm_nfnet_f0": 0.85, "kecam:nfnets.NFNetF0": None}, _F0),
     "nf_resnet50": Case("nf_resnet50", 224, 8, {"timm:nf_resnet50": 0.8}, _TIMM),
     "efficientnet_b0_32px": Case(
-        "bn_efficientnet_b0", 32, 128, {"keras.applications:EfficientNetB0": 0.9, "timm:tf_efficientnet_b0": 1.0},
+        "bn_efficientnet_b0", 32, 128,
+        {"keras.applications:EfficientNetB0": 0.9, "timm:tf_efficientnet_b0": 1.0,
+         "kecam:efficientnet.EfficientNetV1B0": None},
         classes=100,
     ),
     "sn_against_bn": Case(f"sn_{_B0}", 32, 128, {f"nfzoo:bn_{_B0}": 0.75}, classes=100),
@@ -94,7 +97,8 @@ INFERENCE = {
         for batch in (1, 16)
     },
     "latency_nfnet_f0": Case(
-        "folded:dm_nfnet_f0", 192, 1, {"timm_infer:dm_nfnet_f0": None, "infer:dm_nfnet_f0": None}, _F0
+        "folded:dm_nfnet_f0", 192, 1,
+        {"timm_infer:dm_nfnet_f0": None, "infer:dm_nfnet_f0": None, "kecam_infer:nfnets.NFNetF0": None}, _F0,
     ),
     **{
         f"latency_{variant}_b0": Case(
@@ -108,7 +112,15 @@ INFERENCE = {
         {f"{kind}:nf_resnet50": None for kind in ("saved_model", "litert", "onnx", "portable")}, _TIMM,
     ),
 }  # fmt: skip
-CASES = {**TRAINING, **INFERENCE}
+BEGINNINGS = {
+    "import": Case("import:nfzoo", 8, 1, {"import:keras": None, "import:tensorflow": None, "import:timm": None}),
+    "build_efficientnet_b0": Case(
+        "build:bn_efficientnet_b0", 224, 1,
+        {"keras_build:EfficientNetB0": None, "kecam_build:efficientnet.EfficientNetV1B0": None},
+    ),
+    "build_nfnet_f0": Case("build:dm_nfnet_f0", 192, 1, {"kecam_build:nfnets.NFNetF0": None}),
+}  # fmt: skip
+CASES = {**TRAINING, **INFERENCE, **BEGINNINGS}
 
 
 # ---------------------------------------------------------------- the race
@@ -146,7 +158,9 @@ class Contestant:
 
 
 def installed(contestant: str) -> bool:
-    return all(importlib.util.find_spec(package) for package in PACKAGES.get(contestant.split(":")[0], ()))
+    kind, name = contestant.split(":")
+    needed = (name,) if kind == "import" else PACKAGES.get(kind, ())
+    return all(importlib.util.find_spec(package) for package in needed)
 
 
 def race(case_name: str, rounds: int, least: int) -> list[dict]:
@@ -218,15 +232,21 @@ def main(
     console.print(view)
 
 
-def _record(rows: list[dict]) -> None:
+def facts() -> dict[str, str]:
+    """Date, commit, machine and versions, as columns."""
     from nfzoo import engine
+
+    known = engine.environment()
+    return {
+        "date": datetime.date.today().isoformat(), "commit": known["commit"], "machine": known["machine"],
+        "versions": json.dumps(known["versions"]),
+    }  # fmt: skip
+
+
+def _record(rows: list[dict]) -> None:
     from nfzoo.files import atomic
 
-    facts = engine.environment()
-    common = {
-        "date": datetime.date.today().isoformat(), "commit": facts["commit"], "machine": facts["machine"],
-        "versions": json.dumps(facts["versions"]),
-    }  # fmt: skip
+    common = facts()
     new = pd.DataFrame([{**row, **common} for row in rows]).round(4)
     if RESULTS.exists():
         new = pd.concat([pd.read_csv(RESULTS), new])

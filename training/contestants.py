@@ -6,9 +6,12 @@ is the process of one of them: it builds, warms up, then for every number that i
 the seconds of one; for "peak" it prints the largest memory that the process had, in MB.
 """
 
+import importlib
 import itertools
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -106,6 +109,25 @@ def timm_step(name: str, case, images, labels):
     return step
 
 
+def kecam_step(name: str, case, images, labels):
+    """keras_cv_attention_models: the last Keras of TensorFlow's own."""
+    model = _kecam(name, case, images)  # which chooses the Keras of the process
+
+    import tf_keras
+
+    loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(tf_keras.optimizers.SGD(0.01, momentum=0.9), loss)
+    return lambda: model.train_on_batch(images, labels)
+
+
+def _kecam(name: str, case, images):
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"
+    family, model = name.split(".")
+    options = {"pretrained": None, "num_classes": case.classes, "classifier_activation": None}
+    found = importlib.import_module(f"keras_cv_attention_models.{family}")
+    return getattr(found, model)(input_shape=images.shape[1:], **options)
+
+
 def agc_step(name: str, case, images, labels):
     """A training step that clips adaptively."""
     import nfzoo
@@ -122,6 +144,10 @@ def _inferring(model, images):
 
     call, x = tf.function(lambda x: model(x, training=False), jit_compile=False), tf.constant(images)
     return lambda: call(x).numpy()
+
+
+def kecam_infer(name: str, case, images, labels):
+    return _inferring(_kecam(name, case, images), images)
 
 
 def _built(name: str, case, images):
@@ -182,16 +208,39 @@ def timm_infer(name: str, case, images, labels):
     return step
 
 
+# ---------------------------------------------------------------- beginnings
+def imported(name: str, case, images, labels):
+    """A new Python that imports a package and ends."""
+    return lambda: subprocess.run([sys.executable, "-c", f"import {name}"], check=True, capture_output=True)
+
+
+def build(name: str, case, images, labels):
+    return lambda: _built(name, case, images)
+
+
+def keras_build(name: str, case, images, labels):
+    import keras
+
+    return lambda: getattr(keras.applications, name)(input_shape=images.shape[1:], weights=None, classes=case.classes)
+
+
+def kecam_build(name: str, case, images, labels):
+    return lambda: _kecam(name, case, images)
+
+
 CONTESTANTS = {
     "nfzoo": nfzoo_step, "probe": probe_step, "full_probe": full_probe_step, "live": live_step, "agc": agc_step,
     "batches": batches_step, "keras.applications": keras_step, "timm": timm_step,
     "infer": infer, "folded": folded, "portable": portable, "saved_model": _exported(""),
     "litert": _exported(".tflite"), "onnx": _exported(".onnx"), "keras_infer": keras_infer, "timm_infer": timm_infer,
+    "kecam": kecam_step, "kecam_infer": kecam_infer, "import": imported, "build": build, "keras_build": keras_build,
+    "kecam_build": kecam_build,
 }  # fmt: skip
 # Beside what nfzoo needs.
 PACKAGES = {
     "timm": ("torch", "timm"), "timm_infer": ("torch", "timm"), "litert": ("ai_edge_litert",),
     "onnx": ("onnx", "onnxruntime"),
+    **dict.fromkeys(("kecam", "kecam_infer", "kecam_build"), ("keras_cv_attention_models", "tf_keras")),
 }  # fmt: skip
 
 
@@ -213,8 +262,8 @@ def main(case: str, contestant: str) -> None:
         step()
     print(json.dumps(built), flush=True)
     for line in sys.stdin:
-        if line.strip() == "peak":
-            print(json.dumps(peak_mb()), flush=True)
+        if line.strip() == "peak":  # an import's is its own process'
+            print(json.dumps(float("nan") if library == "import" else peak_mb()), flush=True)
             continue
         began = time.perf_counter()
         for _ in range(int(line)):

@@ -2,6 +2,7 @@
 
     python training/reproduce.py first_look --data-dir ~/tensorflow_datasets
     python training/reproduce.py poster_table1 --lr 0.001 --seeds 868
+    python training/reproduce.py poster_table1 --draw docs/figures/poster_table1.png
 
 A row is done when its line (same model, build, recipe fingerprint and seed) is in the CSV; a killed run resumes.
 """
@@ -80,6 +81,30 @@ def report(table: str, results: pd.DataFrame, console: Console) -> None:
     console.print(view)
 
 
+def draw(table: str, results: pd.DataFrame):
+    """Test accuracies, a point per seed, over what was expected."""
+    from nfzoo.plots.style import COLOURS, new_figure, styled
+
+    @styled
+    def figure():
+        rows = [row for row in TABLES[table] if (results.row == row.name).any()]
+        made = new_figure(6, 0.9 + 0.27 * len(rows))
+        ax = made.subplots()
+        for at, row in enumerate(rows):
+            accuracies = 100 * results[results.row == row.name].test_accuracy
+            if row.expected is not None:
+                ax.barh(at, 2 * row.tolerance, left=row.expected - row.tolerance, height=0.6, color="#dddddd")
+                ax.plot([row.expected] * 2, [at - 0.3, at + 0.3], color="#888888")
+            ax.plot(accuracies, [at] * len(accuracies), "o", color=COLOURS[0], markersize=5)
+        ax.set_yticks(range(len(rows)), [row.name for row in rows])
+        ax.invert_yaxis()
+        ax.set_xlim(0, None)
+        ax.set_xlabel("test accuracy, % (a point: a seed; a bar: expected)")
+        return made
+
+    return figure()
+
+
 def run_missing(
     table: str, data_dir: str | None, runs: pathlib.Path, console: Console, seeds: Sequence[int] = (),
     dry_run: bool = False, collect: Callable[[Row, int, pathlib.Path], None] = lambda row, seed, folder: None,
@@ -121,6 +146,7 @@ def main(
     lr: Annotated[float | None, typer.Option(help="only rows of this learning rate")] = None,
     rows: Annotated[str | None, typer.Option(help="only these, separated by semicolons")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is missing and stop")] = False,
+    to: Annotated[pathlib.Path | None, typer.Option("--draw", help="draw the CSV to this picture and stop")] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the CSV and stop")] = False,
 ) -> None:
     """Reproduce one table of training/experiments.py."""
@@ -129,6 +155,11 @@ def main(
         raise typer.BadParameter(f"Expected one of {', '.join(TABLES)}. Received: {table!r}")
     if as_markdown:
         print(markdown(table, pd.read_csv(RESULTS / f"{table}.csv")))
+        return
+    if to is not None:
+        from nfzoo import plots
+
+        print(plots.save(draw(table, pd.read_csv(RESULTS / f"{table}.csv")), to))
         return
     chosen = () if seeds is None else [int(seed) for seed in seeds.split(",")]
     named = None if rows is None else {name.strip() for name in rows.split(";")}

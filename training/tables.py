@@ -84,6 +84,7 @@ def _models(family: str):
 
 
 TABLES = {
+    "beginnings": _races("import|build_.*"),
     "certify": _certificates,
     "int8": _int8,
     "latency": _races("(latency|exported)_.*"),
