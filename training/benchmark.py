@@ -5,8 +5,8 @@
 
 Each contestant is a process of its own with all cores; the processes take turns, a few steps each, so that both see the
 same machine. A ratio is nfzoo's time over the peer's, the median over the rounds: below 1 nfzoo is faster. Rows are
-appended to training/results/benchmark.csv. Peers are optional: `pip install torch timm`, and for keras_cv_attention_models on
-legacy Keras (kecam) `pip install keras-cv-attention-models tf-keras`.
+appended to training/results/benchmark.csv. Peers are optional: `pip install torch timm`; for keras_cv_attention_models
+on legacy Keras (kecam) `pip install keras-cv-attention-models tf-keras`.
 """
 
 import contextlib
