@@ -6,20 +6,20 @@ The networks are the zoo's small rows: whether examples are independent is decid
 Some of full size are measured beside them.
 """
 
-import datetime
 import json
 import pathlib
 from typing import Annotated
 
 import pandas as pd
 import typer
+from benchmark import facts
 from rich.console import Console
 from rich.progress import track
 
 from nfzoo.cli import quiet_start
 
 with quiet_start():
-    from nfzoo import certify, engine, names
+    from nfzoo import certify, names
     from nfzoo.files import atomic
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "certify.csv"
@@ -61,14 +61,13 @@ def main(
         return
     done = set(zip(results.model, results.build, strict=True))
     missing = [(name, build) for name, build in networks() if (name, json.dumps(build)) not in done]
-    facts = engine.environment()
+    common = facts()
     for name, build in track(missing, "networks", console=Console()):
         with quiet_start():
             found = certify.certify(name, **build)
         row = {
             "model": name, "build": json.dumps(build), **found.differences, "independent": found.independent,
-            "date": datetime.date.today().isoformat(), "commit": facts["commit"], "machine": facts["machine"],
-            "versions": json.dumps(facts["versions"]),
+            **common,
         }  # fmt: skip
         results = pd.concat([results, pd.DataFrame([row])]) if len(results) else pd.DataFrame([row])
         with atomic(RESULTS) as partial:

@@ -6,8 +6,6 @@ Each network is folded, quantized after training by 256 training images, reloade
 images. Writes training/results/int8.csv.
 """
 
-import datetime
-import json
 import pathlib
 import tempfile
 from typing import Annotated
@@ -15,6 +13,7 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import typer
+from benchmark import facts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,7 +21,7 @@ from rich.table import Table
 from nfzoo.cli import quiet_start
 
 with quiet_start():
-    from nfzoo import data, engine, export, recipes
+    from nfzoo import data, export, recipes
     from nfzoo.export import runtimes
     from nfzoo.files import atomic
 
@@ -74,11 +73,7 @@ def main(
         view.add_row(row["model"], *shown)
     console.print(view)
     if limit is None:
-        facts = engine.environment()
-        common = {
-            "images": len(images.test), "date": datetime.date.today().isoformat(), "commit": facts["commit"],
-            "machine": facts["machine"], "versions": json.dumps(facts["versions"]),
-        }  # fmt: skip
+        common = {"images": len(images.test), **facts()}
         with atomic(RESULTS) as partial:
             pd.DataFrame([{**row, **common} for row in rows]).round(4).to_csv(partial, index=False)
 

@@ -27,12 +27,11 @@ class Axis:
 
     label: str
     values: tuple[int, ...]
-    architecture: str = "efficientnet_b0"
     size: int = 32
     batch: int = 32
 
     def case(self, name: str, variant: str, value: int) -> Case:
-        architecture = f"resnet{value}_cifar" if name == "depth" else self.architecture
+        architecture = f"resnet{value}_cifar" if name == "depth" else "efficientnet_b0"
         size = value if name == "resolution" else self.size
         batch = value if name == "batch" else self.batch
         return Case(f"nfzoo:{variant}_{architecture}", size, batch, {}, classes=100)
@@ -60,8 +59,8 @@ def measure(case: Case, rounds: int) -> dict:
 
 
 def draw(table: pd.DataFrame):
-    """Time above, memory below, an axis per column; straight lines are growth in proportion to the last point."""
-    from nfzoo.plots.style import new_figure, styled
+    """Time above, memory below, an axis per column."""
+    from nfzoo.plots.style import COLOURS, new_figure, styled
 
     @styled
     def figure():
@@ -72,7 +71,7 @@ def draw(table: pd.DataFrame):
                 ax = grid[row][column]
                 for number, variant in enumerate(VARIANTS):
                     got = table[(table.axis == name) & (table.variant == variant)].sort_values("value")
-                    ax.plot(got.value, got[key], marker="o", color=f"C{number}", label=variant)
+                    ax.plot(got.value, got[key], marker="o", color=COLOURS[number], label=variant)
                 ax.set(xlabel=axis.label if row else "", ylabel="" if column else label, xlim=(0, None), ylim=(0, None))
         grid[0][0].legend(frameon=False)
         return made

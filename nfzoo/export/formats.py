@@ -12,7 +12,7 @@ import numpy as np
 from nfzoo import weights
 from nfzoo.export import onnx_file
 from nfzoo.folding import fold as folded
-from nfzoo.folding import folded_graph
+from nfzoo.folding import graph_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # Klambauer e
 
 
 def _onnx(model: keras.Model, path: pathlib.Path, fold: bool, calibration: None) -> None:
-    graph, _ = folded_graph(model, fold)
+    graph, _ = graph_of(model, fold)
+    if unknown := onnx_file.unknown(graph):
+        raise ValueError(lacking("onnx", unknown))
     onnx_file.write(graph, model, path)
 
 

@@ -22,19 +22,22 @@ _LARGEST = 2**31  # bytes of a protocol buffer
 _CHANNELS_FIRST, _CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
+def unknown(graph: Graph) -> list[str]:
+    """Layers and activations of a graph that `write` does not know."""
+    return sorted({_called(node) for node in graph if _writer(node) is None})
+
+
 def write(graph: Graph, model: keras.Model, path: pathlib.Path) -> None:
-    """Write a graph to a file.
+    """Write a graph to a file, of which nothing is `unknown`.
 
     Args:
         model: what the graph was read from: the order and the names of inputs and outputs are its own.
 
     Raises:
-        ValueError: layers or activations that this writer does not know, or more weights than a file can hold.
+        ValueError: more weights than a file can hold.
     """
     import onnx
 
-    if unknown := sorted({_called(node) for node in graph if _writer(node) is None}):
-        raise ValueError(f"Expected operators that onnx has. Received: a model with {', '.join(unknown)}")
     names = getattr(model, "output_names", None) or [model.layers[-1].name]  # of a sequential model
     file, values = _File(names), {}
     for node in graph:

@@ -57,7 +57,7 @@ def fold(model: keras.Model, portable: bool = True) -> keras.Model:
         >>> plain.fold_report.difference < 1e-4, type(plain.get_layer("stem_conv1")).__name__
         (True, 'Conv2D')
     """
-    graph, structure = folded_graph(model)
+    graph, structure = graph_of(model)
     kept = {node.name: _reason(graph, node) for node in graph if node.kind == "affine" or type(node.layer) in _UNFOLDED}
     plain = emit(graph, model, structure, portable)
     left = {layer.name for layer in plain.layers}
@@ -66,7 +66,7 @@ def fold(model: keras.Model, portable: bool = True) -> keras.Model:
     return plain
 
 
-def folded_graph(model: keras.Model, fold: bool = True) -> tuple[Graph, Any]:
+def graph_of(model: keras.Model, fold: bool = True) -> tuple[Graph, Any]:
     """The graph of a model, and its outputs in their structure, e.g. a dict.
 
     Args:
