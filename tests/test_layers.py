@@ -1,3 +1,5 @@
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -71,7 +73,7 @@ LAYERS = {
     "activation": (lambda: layers.ScaledActivation("gelu"), [(8, 8, 4)]),
     "stochastic_depth": (lambda: layers.StochasticDepth(0.5, rescale=False, seed=3), [(8, 8, 4)]),
     "tap": (lambda: layers.Tap(), [(8, 8, 4)]),
-    "native_grouped": (lambda: layers.GroupedConv2D(6, 3, groups=2, strides=2), [(8, 8, 4)]),
+    "native_grouped": (lambda: layers.Conv2D(6, 3, groups=2, strides=2), [(8, 8, 4)]),
     "gamma_in_kernel": (lambda: layers.ScaledStdConv2D(6, 3, gamma=1.7, gain=0.0), [(8, 8, 4)]),
     "compensate": (lambda: layers.CompensatePadding(3), [(8, 8, 4), (8, 8, 2)]),
     "affine": (lambda: layers.Affine(gain=1.0), [(8, 8, 4)]),
@@ -181,7 +183,7 @@ def test_stochastic_depth_rejects_a_rate_of_one():
 def test_grouped_convolution_is_one_convolution_per_group():
     x = np.random.default_rng(0).standard_normal((2, 9, 8, 6)).astype("float32")
     for strides, padding in ((1, "same"), (2, "same"), (2, "valid")):
-        layer = layers.GroupedConv2D(9, 3, strides=strides, padding=padding, groups=3)
+        layer = layers.Conv2D(9, 3, strides=strides, padding=padding, groups=3)
         got, kernel = np.asarray(layer(x)), np.asarray(layer.kernel)
         options = {"strides": strides, "padding": padding}
         groups = [(x[..., 2 * g : 2 * g + 2], kernel[..., 3 * g : 3 * g + 3]) for g in range(3)]
@@ -189,12 +191,75 @@ def test_grouped_convolution_is_one_convolution_per_group():
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def _with_gradients(layer, x, jit: bool = False):
+    """Output, and what the sum of its squares gives back to x and to the kernel."""
+    import tensorflow as tf
+
+    @tf.function(jit_compile=jit)
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+            loss = tf.reduce_sum(tf.square(y))
+        return [y, *tape.gradient(loss, [x, layer.kernel.value])]
+
+    return [np.array(z, "float32") for z in run(tf.cast(x, layer.compute_dtype))]
+
+
+def _assert_like_keras(ours, keras_layer, x, rtol=1e-4, jit=False):
+    ours.build(x.shape)
+    keras_layer.build(x.shape)
+    keras_layer.set_weights(ours.get_weights())
+    for got, expected in zip(_with_gradients(ours, x, jit), _with_gradients(keras_layer, x), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=rtol * max(np.abs(expected).max(), 1e-3))
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_depthwise_convolution_leaves_out_only_taps_that_meet_no_image(kernel):
+    """Maps of every size down to one pixel, also with sides that differ; kernels of even sizes; several per channel."""
+    rng = np.random.default_rng(0)
+    for shape, stride in itertools.product([(1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (1, 4), (5, 2)], (1, 2, 3)):
+        x = rng.standard_normal((2, *shape, 3)).astype("float32")
+        for size in ((kernel, kernel), (kernel + 1, kernel)):
+            options = {"strides": stride, "padding": "same", "depth_multiplier": 2}
+            _assert_like_keras(
+                layers.DepthwiseConv2D(size, **options), keras.layers.DepthwiseConv2D(size, **options), x
+            )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "jit", "rtol"),
+    [("float16", False, 3e-2), ("bfloat16", False, 3e-2), ("float64", False, 1e-5), ("float32", True, 1e-4)],
+)
+def test_fast_convolutions_are_keras_ones_in_every_precision_and_compiled(dtype, jit, rtol):
+    x = np.random.default_rng(0).standard_normal((2, 2, 2, 4)).astype("float32")
+    options = {"padding": "same", "dtype": dtype}
+    for ours, theirs in (
+        (layers.DepthwiseConv2D(5, **options), keras.layers.DepthwiseConv2D(5, **options)),
+        (layers.Conv2D(6, 1, **options), keras.layers.Conv2D(6, 1, **options)),
+    ):
+        _assert_like_keras(ours, theirs, x, rtol, jit)
+
+
+def test_pointwise_convolution_is_keras_one_also_with_strides_and_without_a_fixed_size():
+    x = np.random.default_rng(0).standard_normal((3, 5, 4, 6)).astype("float32")
+    for strides in (1, 2):
+        _assert_like_keras(layers.Conv2D(7, 1, strides=strides), keras.layers.Conv2D(7, 1, strides=strides), x)
+    image = keras.Input((None, None, 6))
+    for layer in (layers.Conv2D(7, 1), layers.DepthwiseConv2D(5, padding="same")):
+        net = keras.Model(image, layer(image))
+        assert net.output_shape == (None, None, None, 7 if isinstance(layer, layers.Conv2D) else 6)
+        for size in (1, 6):
+            small = np.asarray(net(x[:, :size, :size]))
+            np.testing.assert_allclose(small, np.asarray(layer(x[:, :size, :size])), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_grouped_convolution_has_gradients_in_every_precision(dtype):
     """On a CPU TensorFlow's own operation has them in float32 and bfloat16 only."""
     import tensorflow as tf
 
-    layer = layers.GroupedConv2D(8, 3, groups=2, dtype=dtype)
+    layer = layers.Conv2D(8, 3, groups=2, dtype=dtype)
     x = tf.cast(np.random.default_rng(0).standard_normal((2, 6, 6, 4)), dtype)
     with tf.GradientTape() as tape:
         tape.watch(x)

@@ -1,8 +1,8 @@
 """What differs between Keras backends: one training step with AGC, and the signals of one probe.
 
 Each module exports `Step` (a mixin for `keras.Model` with `train_step`), `conv(...)` (grouped too),
-`standardize_columns(...)`, `column_moments(...)`, `signals(...)`, `observe(...)`, `sync(model)`, which brings the
-variables of a model up to date in the middle of `fit`, `deterministic(wanted)`, `data_parallel()` and
+`depthwise_conv(...)`, `standardize_columns(...)`, `column_moments(...)`, `signals(...)`, `observe(...)`, `sync(model)`,
+which brings the variables of a model up to date in the middle of `fit`, `deterministic(wanted)`, `data_parallel()` and
 `device_count()`; the active one is chosen here, once.
 """
 
@@ -14,6 +14,7 @@ if keras.config.backend() == "tensorflow":
         column_moments,
         conv,
         data_parallel,
+        depthwise_conv,
         deterministic,
         device_count,
         observe,
@@ -29,6 +30,7 @@ elif keras.config.backend() == "jax":
         column_moments,
         conv,
         data_parallel,
+        depthwise_conv,
         deterministic,
         device_count,
         observe,
@@ -45,6 +47,6 @@ else:
     )
 
 __all__ = [
-    "Step", "column_moments", "conv", "data_parallel", "deterministic", "device_count", "observe", "scope", "signals",
-    "split_cpu", "standardize_columns", "sync",
+    "Step", "column_moments", "conv", "data_parallel", "depthwise_conv", "deterministic", "device_count", "observe",
+    "scope", "signals", "split_cpu", "standardize_columns", "sync",
 ]  # fmt: skip

@@ -143,6 +143,11 @@ def conv(x, kernel, strides, padding: str, dilation_rate=1):
     return keras.ops.conv(x, kernel, strides, padding, dilation_rate=dilation_rate)
 
 
+def depthwise_conv(x, kernel, strides, padding: str, dilation_rate):
+    """Depthwise convolution, channels last; see `nfzoo.backend.tensorflow.depthwise_conv`."""
+    return keras.ops.depthwise_conv(x, kernel, strides, padding, dilation_rate=dilation_rate)
+
+
 def standardize_columns(matrix, scale, epsilon: float):
     """scale * (matrix - mean) / sqrt(variance + epsilon) of every column."""
     return (matrix - matrix.mean(0)) * (scale * jax.lax.rsqrt(matrix.var(0) + epsilon))

@@ -180,15 +180,43 @@ def conv(x, kernel, strides, padding: str, dilation_rate=1):
     """2D convolution, channels last, grouped where the kernel (H, W, in / groups, out) has fewer inputs than x.
 
     Keras sends a grouped convolution through XLA, which on a CPU is some 29 times slower than this operation. But on a
-    CPU the operation has gradients of grouped kernels in float32 and bfloat16 only.
+    CPU the operation has gradients of grouped kernels in float32 and bfloat16 only. One of 1 x 1 is a matrix product,
+    whose gradients are up to 4 times faster on small maps, and never much slower.
     """
     grouped = x.shape[-1] != kernel.shape[2]
+    if not grouped and tuple(kernel.shape[:2]) == (1, 1) and set(strides) == {1}:
+        return tf.tensordot(x, kernel[0, 0], 1)
     if grouped and x.dtype in (tf.float16, tf.float64) and not tf.config.list_physical_devices("GPU"):
         if x.dtype == tf.float64:
             return keras.ops.conv(x, kernel, strides, padding, dilation_rate=dilation_rate)
         wide = conv(tf.cast(x, tf.float32), tf.cast(kernel, tf.float32), strides, padding, dilation_rate)
         return tf.cast(wide, tf.float16)
     return tf.nn.conv2d(x, kernel, strides, padding.upper(), dilations=dilation_rate)
+
+
+def depthwise_conv(x, kernel, strides, padding: str, dilation_rate):
+    """Depthwise convolution, channels last, kernel (H, W, channels, multiplier).
+
+    On a map smaller than the kernel some taps meet nothing but padding, and on a CPU the gradient of the kernel takes
+    longer than all else. We leave these taps out: the result is the same, 2 to 10 times sooner.
+    """
+    sides = x.shape[1:3]
+    if padding == "same" and set(dilation_rate) == {1} and None not in sides:
+        reached = [_reached(*axis) for axis in zip(sides, kernel.shape[:2], strides, strict=True)]
+        (top, bottom, rows), (left, right, columns) = reached
+        if rows != slice(0, kernel.shape[0]) or columns != slice(0, kernel.shape[1]):
+            # Not as the operation's own padding: where a bias follows, TensorFlow 2.21 fuses the two and aborts.
+            padded = tf.pad(x, [[0, 0], [top, bottom], [left, right], [0, 0]])
+            return tf.nn.depthwise_conv2d(padded, kernel[rows, columns], (1, *strides, 1), "VALID")
+    return tf.nn.depthwise_conv2d(x, kernel, (1, *strides, 1), padding.upper(), dilations=dilation_rate)
+
+
+def _reached(side: int, kernel: int, stride: int) -> tuple[int, int, slice]:
+    """Padding before and after, and which taps of the kernel meet the map at all, under "same" padding."""
+    last = (-(-side // stride) - 1) * stride  # where the last window starts, less the padding
+    before = max(last + kernel - side, 0) // 2
+    start, stop = max(before - last, 0), min(side + before, kernel)
+    return before - start, max(last + stop - side - before, 0), slice(start, stop)
 
 
 def standardize_columns(matrix, scale, epsilon: float):

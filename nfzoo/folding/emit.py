@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from nfzoo.folding.graph import Graph, Node
-from nfzoo.layers import CompensatePadding, GroupedConv2D, MaxPool2D, PadChannels, StandardizeInput
+from nfzoo.layers import CompensatePadding, Conv2D, MaxPool2D, PadChannels, StandardizeInput
 
 
 def emit(graph: Graph, model: keras.Model, structure, portable: bool) -> keras.Model:
@@ -30,7 +30,7 @@ def emit(graph: Graph, model: keras.Model, structure, portable: bool) -> keras.M
             if node.kind == "layer":
                 tensors[node] = _kept(node, tensors)
             elif node.kind == "conv" and node.layer.groups > 1 and not portable:
-                tensors[node] = _conv(node, sources, GroupedConv2D)
+                tensors[node] = _conv(node, sources, Conv2D)
             else:
                 tensors[node] = _EMIT[node.kind](node, sources)
         twins = {id(node.call[1]["tensor"]): tensor for node, tensor in tensors.items() if node.kind == "input"}

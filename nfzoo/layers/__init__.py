@@ -6,7 +6,8 @@ Every layer is registered under the package name "nfzoo": a saved model loads af
 from nfzoo.layers.activation import Gate, ScaledActivation, activation_function
 from nfzoo.layers.convolution import (
     CompensatePadding,
-    GroupedConv2D,
+    Conv2D,
+    DepthwiseConv2D,
     ScaledStdConv2D,
     ScaledStdDepthwiseConv2D,
     standardize,
@@ -18,8 +19,9 @@ __all__ = [
     "Affine",
     "CenteringBias",
     "CompensatePadding",
+    "Conv2D",
+    "DepthwiseConv2D",
     "Gate",
-    "GroupedConv2D",
     "MaxPool2D",
     "Merge",
     "PadChannels",

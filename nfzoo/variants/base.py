@@ -13,8 +13,9 @@ from keras import layers
 from nfzoo import numerics
 from nfzoo.layers import (
     CompensatePadding,
+    Conv2D,
+    DepthwiseConv2D,
     Gate,
-    GroupedConv2D,
     MaxPool2D,
     Merge,
     PadChannels,
@@ -80,8 +81,7 @@ class Variant:
         return self._compensated(y, source, kernel, strides, padding, site)
 
     def conv_layer(self, site: Site, filters: int, kernel: int, **options) -> keras.Layer:
-        kind = GroupedConv2D if options["groups"] > 1 else layers.Conv2D
-        return kind(filters, kernel, **options)
+        return Conv2D(filters, kernel, **options)
 
     def depthwise(self, x, kernel: int, site: Site, strides=1, padding="same"):
         source = self.before(x, site)
@@ -93,7 +93,7 @@ class Variant:
         return self._compensated(y, source, kernel, strides, padding, site)
 
     def depthwise_layer(self, kernel: int, **options) -> keras.Layer:
-        return layers.DepthwiseConv2D(kernel, **options)
+        return DepthwiseConv2D(kernel, **options)
 
     def _compensated(self, y, source, kernel: int, strides: int, padding: str, site: Site):
         if kernel == 1 or not self.padding_compensation:

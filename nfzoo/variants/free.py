@@ -39,7 +39,9 @@ class SN(Variant):
         return ScaledStdConv2D(filters, kernel, **options)
 
     def depthwise_layer(self, kernel: int, **options) -> keras.Layer:
-        return (ScaledStdDepthwiseConv2D if self.standardize else layers.DepthwiseConv2D)(kernel, **options)
+        if not self.standardize:
+            return super().depthwise_layer(kernel, **options)
+        return ScaledStdDepthwiseConv2D(kernel, **options)
 
     def squeeze_excite(self, x, hidden: int, kind: str | None, site: Site):
         return super().squeeze_excite(x, hidden, None, site)
