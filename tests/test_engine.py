@@ -215,6 +215,14 @@ def test_evaluate_gives_the_accuracy_of_the_run(whole):
         engine.evaluate(folder.parent)
 
 
+def test_the_test_split_is_not_read_where_a_choice_follows(tmp_path):
+    recipe = recipes.override(recipes.get("demo"), {"data.name": "fake", "epochs": 1})
+    metrics = engine.run("sn_test_ffnn", recipe, tmp_path / "run", test=False, taps=None)
+    assert metrics["status"] == "complete" and "val_accuracy" in metrics
+    assert not [key for key in metrics if key.startswith("test_")]
+    assert engine.evaluate(tmp_path / "run")["accuracy"] >= 0
+
+
 def test_other_data_is_standardized_as_the_training_data(whole, tmp_path):
     images = data.load(recipes.Data(name="fake"))
     bright = images.train.take(images.train.labels == 3)

@@ -16,15 +16,17 @@ if not TRAINING.exists():
     pytest.skip("training/ is not installed", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
 import experiments  # noqa: E402
+import gap  # noqa: E402
 import reproduce  # noqa: E402
 import signals  # noqa: E402
 
-ROWS = [row for table in (*experiments.TABLES.values(), *experiments.PROFILES.values()) for row in table]
+CONTESTS = [contest.rows for contest in experiments.CONTESTS.values()]
+ROWS = [row for table in (*experiments.TABLES.values(), *experiments.PROFILES.values(), *CONTESTS) for row in table]
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    for module in (reproduce, signals):
+    for module in (gap, reproduce, signals):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     return tmp_path
 
@@ -144,3 +146,66 @@ def test_cost_grows_linearly_with_the_batch():
         doubled = points[["ms", "peak_mb"]].to_numpy()[1:] / points[["ms", "peak_mb"]].to_numpy()[:-1]
         assert (np.diff(points.value.to_numpy()) == points.value.to_numpy()[:-1]).all()
         assert doubled.max() < 2.3  # a tenth and more is what neighbours on the machine add
+
+
+@pytest.fixture
+def contest(monkeypatch):
+    """Two candidates of whom one reaches the final, beside the one to beat; a test accuracy that contradicts."""
+    rows = [
+        experiments.Row(name, "sn_test_ffnn", "demo", {"data.name": "fake"}, {"activation": name})
+        for name in ("relu", "selu", "tanh")
+    ]
+    made = experiments.Contest(rows, rates=(0.001, 0.01), trial_epochs=1, finalists=1, seeds=(0, 1))
+    monkeypatch.setitem(experiments.CONTESTS, "tiny", made)
+    return made
+
+
+def _trained(row, seed, **columns):
+    recipe = reproduce.recipe_of(row, seed, None)
+    resolved = engine.options(row.model, recipe, row.build)
+    return {
+        "row": row.name, "model": row.model, "build": json.dumps(resolved["build"], sort_keys=True),
+        "fingerprint": resolved["fingerprint"], "seed": seed, "learning_rate": recipe.optimizer.learning_rate,
+        "status": "complete", "test_accuracy": None, "test_loss": None, **columns,
+    }  # fmt: skip
+
+
+def test_a_contest_is_decided_on_validation_and_tested_last(results, contest, monkeypatch):
+    validation = {("relu", 0.001): 0.2, ("relu", 0.01): 0.1, ("selu", 0.001): 0.3, ("selu", 0.01): 0.4}
+    validation |= {("tanh", 0.001): 0.35, ("tanh", 0.01): 0.9}
+    ran, read = [], []
+
+    def train(budget, stage, row, seed, *_):
+        rate = row.changes[gap.RATE]
+        ran.append((stage, row.name, rate, seed))
+        status = "diverged" if (row.name, rate) == ("tanh", 0.01) else "complete"  # 0.9, and lost
+        line = _trained(row, seed, status=status, val_accuracy=validation[row.name, rate])
+        return {"budget": budget, "stage": stage, **line}
+
+    def evaluate(folder):
+        assert len(ran) == 10
+        read.append(folder.name)
+        return {"accuracy": 0.5, "loss": 1.0}
+
+    monkeypatch.setattr(gap, "train", train)
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    gap.main("tiny", runs=results)
+    assert [run[0] for run in ran] == ["trial"] * 6 + ["final"] * 4
+    assert ran[6:] == [("final", name, rate, s) for name, rate in (("relu", 0.001), ("selu", 0.01)) for s in (0, 1)]
+    table = pd.read_csv(results / "gap.csv")
+    assert table[table.stage == "trial"].test_accuracy.isna().all()
+    assert (table[table.stage == "final"].test_accuracy == 0.5).all() and len(read) == 4
+    gap.main("tiny", runs=results)
+    assert len(ran) == 10 and len(read) == 4  # nothing is run or read twice
+    assert "| selu | 0.01 | 40.0 | 50.0 ± 0.0 | +0.0, +0.0 |" in gap.markdown("tiny", table)
+    assert "| tanh | 0.001 | 35.0 |  |  |" in gap.markdown("tiny", table)
+
+
+@pytest.mark.slow
+def test_a_contest_trains_and_tests(results, contest):
+    gap.main("tiny", runs=results / "runs")
+    table = pd.read_csv(results / "gap.csv")
+    assert table.stage.value_counts().to_dict() == {"trial": 6, "final": 4}
+    assert table[table.stage == "trial"].test_accuracy.isna().all()
+    assert table[table.stage == "final"].test_accuracy.between(0, 1).all()
+    assert len(list((results / "runs" / "tiny").glob("*/model.keras"))) == 4

@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass, field
 from itertools import chain
 
+from nfzoo.settings import NO_DECAY
+
 
 @dataclass(frozen=True)
 class Row:
@@ -27,6 +29,22 @@ class Row:
     tolerance: float = 1.5
     source: str = ""
     signals: dict = field(default_factory=dict)  # what is logged: keyword arguments of nfzoo.engine.run
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Candidates under one budget, the first of them the one to beat. All get the same trials.
+
+    A trial is `trial_epochs` at one learning rate with the first seed. The best on validation decides the rate; with it
+    the first candidate and the `finalists` best of the others are trained for the whole budget with every seed. Only
+    then is the test split read, once per run.
+    """
+
+    rows: list[Row]
+    rates: tuple[float, ...] = (3e-4, 1e-3, 2e-3, 4e-3)
+    trial_epochs: int = 6
+    finalists: int = 6
+    seeds: tuple[int, ...] = (868, 67, 472)
 
 
 @dataclass(frozen=True)
@@ -146,6 +164,35 @@ TABLES["small_batches"] = [
     )
     for name in ("bn", "gn", "sn", "nf") for batch in (2, 4, 16, 128)
 ]  # fmt: skip
+
+# Branches that are open from the start, and what zero padding takes given back.
+_OPEN = {"skip_gain": 1.0, "padding_compensation": True}
+_SELU = {**_OPEN, "activation": "selu", "alpha": 0.5}
+_PLAIN = {**_SELU, "standardize": False}
+_DECAY = {"optimizer.weight_decay": 0.1, "optimizer.groups": [NO_DECAY.model_dump()]}
+
+CONTESTS: dict[str, Contest] = {
+    # The poster's budget: CIFAR-100 at 32 pixels, stride 2 in the stem, Adam, batch 512, 20 epochs at one rate.
+    "A": Contest(
+        [
+            Row("BN", "bn_efficientnet_b0"),
+            Row("BN, stochastic depth", "bn_efficientnet_b0", build={"drop_path_rate": 0.2}),
+            Row("SN, MP", "sn_efficientnet_b0"),
+            Row("SN, no MP", "sn_efficientnet_b0", build=_NO_MP),
+            Row("SN, MP, even", "sn_efficientnet_b0", build={"doubled_gate": True, "padding_compensation": True}),
+            Row("NF, open", "nf_efficientnet_b0", build=_OPEN),
+            Row("NF, open, AGC 0.02", "nf_efficientnet_b0", changes={"agc": 0.02}, build=_OPEN),
+            Row("NF, open, alpha 0.5", "nf_efficientnet_b0", build={**_OPEN, "alpha": 0.5}),
+            Row("NF, open, SELU", "nf_efficientnet_b0", build=_SELU),
+            Row("NF, open, plain SELU", "nf_efficientnet_b0", build=_PLAIN),
+            Row(
+                "NF, open, plain SELU, stochastic depth", "nf_efficientnet_b0",
+                build={**_PLAIN, "drop_path_rate": 0.2},
+            ),
+            Row("NF, open, plain SELU, decay", "nf_efficientnet_b0", changes=_DECAY, build=_PLAIN),
+        ]
+    ),
+}  # fmt: skip
 
 _HE = {"init": "he", "dialect": "deepmind"}
 _NF = {"alpha": 1.0, "skip_gain": 1.0}

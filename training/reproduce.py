@@ -49,6 +49,27 @@ def line(row: Row, seed: int, recipe: recipes.Recipe, metrics: dict, folder: pat
     }  # fmt: skip
 
 
+def lines_of(results: pd.DataFrame, row: Row, seed: int, recipe: recipes.Recipe) -> pd.Series:
+    """Which lines of a CSV are those of this run."""
+    resolved = engine.options(row.model, recipe, row.build)
+    key = [row.name, row.model, json.dumps(resolved["build"], sort_keys=True), resolved["fingerprint"], seed]
+    return (results[KEY].astype(str) == list(map(str, key))).all(axis=1)
+
+
+def folder_of(runs: pathlib.Path, row: Row, *parts) -> pathlib.Path:
+    slug = "".join(c if c.isalnum() else "_" for c in row.name.lower())
+    return runs / "-".join(map(str, (slug, *parts)))
+
+
+def read(path: pathlib.Path) -> pd.DataFrame:
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+
+
+def write(path: pathlib.Path, results: pd.DataFrame) -> None:
+    with atomic(path) as partial:
+        results.to_csv(partial, index=False)
+
+
 def markdown(table: str, results: pd.DataFrame) -> str:
     """The table as README shows it: test accuracy in percent, mean ± std over seeds."""
     lines = ["| model | test accuracy % | seeds | expected % |", "| --- | --- | --- | --- |"]
@@ -116,25 +137,21 @@ def run_missing(
     are not `wanted` are left out.
     """
     path = RESULTS / f"{table}.csv"
-    results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+    results = read(path)
     for row in filter(wanted, TABLES[table]):
         for seed in seeds or row.seeds:
             recipe = recipe_of(row, seed, data_dir)
-            resolved = engine.options(row.model, recipe, row.build)
-            key = [row.name, row.model, json.dumps(resolved["build"], sort_keys=True), resolved["fingerprint"], seed]
-            if (results[KEY].astype(str) == list(map(str, key))).all(axis=1).any():
+            if lines_of(results, row, seed, recipe).any():
                 continue
             console.print(f"[bold]{row.name}[/], seed {seed}" + (" (missing)" if dry_run else ""))
             if dry_run:
                 continue
-            slug = "".join(c if c.isalnum() else "_" for c in row.name.lower())
-            folder = runs / table / f"{slug}-{seed}"
+            folder = folder_of(runs / table, row, seed)
             metrics = engine.run(row.model, recipe, folder, overrides=row.build, console=console, **row.signals)
             collect(row, seed, folder)
             new = pd.DataFrame([line(row, seed, recipe, metrics, folder)])
             results = pd.concat([results, new]) if len(results) else new
-            with atomic(path) as partial:
-                results.to_csv(partial, index=False)
+            write(path, results)
     return results
 
 

@@ -31,6 +31,7 @@ def run(
     taps: str | None = "blocks",
     signals: dict[str, Any] | None = None,
     keep_model: bool = True,
+    test: bool = True,
     console: Console | None = None,
     devices: Devices | None = None,
 ) -> dict:
@@ -44,6 +45,8 @@ def run(
         taps: signal propagation at initialisation and after every epoch: "blocks", "layers", a pattern; None for none.
         signals: other options of `nfzoo.SignalPropagation`, e.g. {"source": "live", "statistics": "all"}.
         keep_model: keep the trained model as model.keras; scans do not.
+        test: read the test split at the end. Where a choice follows from the run, it must not be read; `evaluate` reads
+            it later.
         console: where progress goes.
         devices: several of them share the batches; see `Devices`.
 
@@ -68,10 +71,10 @@ def run(
         devices.scope(),
         backend.deterministic(recipe.deterministic),
     ):
-        return _train(resolved, recipe, out, taps, signals or {}, keep_model, console, devices)
+        return _train(resolved, recipe, out, taps, signals or {}, keep_model, test, console, devices)
 
 
-def _train(resolved, recipe, out, taps, signals, keep_model, console, devices) -> dict:
+def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devices) -> dict:
     warn = lambda text: console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)  # noqa: E731
     images = data.load(recipe.data, recipe.seed)
     state = start(out, resolved, recipe, images, warn)
@@ -103,7 +106,8 @@ def _train(resolved, recipe, out, taps, signals, keep_model, console, devices) -
         raise
     finally:
         progress.close()
-    metrics = _metrics(state, batches["test"], guard, average, time.perf_counter() - began, len(images.train))
+    read = batches["test"] if test else None
+    metrics = _metrics(state, read, guard, average, time.perf_counter() - began, len(images.train))
     if guard.diverged and devices.processes == 1:  # of several, each sees a part of an output
         state = start(out, resolved, recipe, images, warn)
         frozen = state.epoch < recipe.frozen_epochs
@@ -142,14 +146,15 @@ def _fit(state: State, batches: dict, recipe: recipes.Recipe, steps: list, avera
 
 
 def _metrics(state: State, test, guard, average, seconds: float, examples: int) -> dict:
-    raw, history = {}, state.history
-    if average.kept:
+    raw, result, history = {}, {}, state.history
+    if test is not None and average.kept:
         average.put_back()
         raw = state.net.evaluate(test, verbose=0, return_dict=True)
         average.put_average()
-    result = state.net.evaluate(test, verbose=0, return_dict=True)
+    if test is not None:
+        result = state.net.evaluate(test, verbose=0, return_dict=True)
     last, spent = history[-1] if history else {}, sum(row["seconds"] for row in history)
-    diverged = guard.diverged or not math.isfinite(result["loss"])
+    diverged = guard.diverged or not math.isfinite(result.get("loss", last.get("val_loss", 0.0)))
     metrics = {
         "status": "diverged" if diverged else "complete",
         "diverged_at_step": guard.step,

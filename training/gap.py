@@ -1,0 +1,148 @@
+"""Beat batch normalization: candidates under one budget, chosen on the validation split, tested once.
+
+    python training/gap.py A --data-dir ~/tensorflow_datasets
+    python training/gap.py A --markdown
+
+The protocol and the candidates are `CONTESTS` in training/experiments.py. Every run is a line of
+training/results/gap.csv; a killed run resumes, a line that is there is not run again.
+"""
+
+import math
+import pathlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Annotated
+
+import pandas as pd
+import typer
+from experiments import CONTESTS, Contest, Row
+from reproduce import RESULTS, folder_of, line, lines_of, read, recipe_of, write
+from rich.console import Console
+from rich.markdown import Markdown
+
+from nfzoo.cli import quiet_start
+
+with quiet_start():
+    from nfzoo import engine
+
+RATE = "optimizer.learning_rate"
+
+
+def trials(contest: Contest, row: Row) -> list[Row]:
+    """The runs that choose a candidate's learning rate."""
+    changes = {**row.changes, "epochs": contest.trial_epochs}
+    return [replace(row, changes={**changes, RATE: rate}) for rate in contest.rates]
+
+
+def lines(results: pd.DataFrame, row: Row, seed: int) -> pd.DataFrame:
+    return results[lines_of(results, row, seed, recipe_of(row, seed, None))] if len(results) else results
+
+
+def verdicts(contest: Contest, results: pd.DataFrame) -> pd.DataFrame:
+    """Best learning rate of each candidate, with its validation accuracy; those with all trials only."""
+    found = []
+    for place, row in enumerate(contest.rows):
+        tried = [lines(results, trial, contest.seeds[0]) for trial in trials(contest, row)]
+        if all(map(len, tried)):
+            table = pd.concat(tried)
+            accuracy = table.val_accuracy.where(table.status == "complete", -math.inf)
+            best = table.loc[accuracy.idxmax()]
+            found.append({"place": place, "row": row.name, "rate": best.learning_rate, "validation": accuracy.max()})
+    return pd.DataFrame(found, columns=["place", "row", "rate", "validation"])
+
+
+def finals(contest: Contest, results: pd.DataFrame) -> list[Row]:
+    """Who is trained for the whole budget, at which learning rate: the one to beat, and the best of the others."""
+    judged = verdicts(contest, results)
+    others = judged[judged.place > 0].nlargest(contest.finalists, "validation")
+    chosen = pd.concat([judged[judged.place == 0], others])
+    rows = [contest.rows[place] for place in chosen.place]
+    return [replace(row, changes={**row.changes, RATE: rate}) for row, rate in zip(rows, chosen.rate, strict=True)]
+
+
+def due(contest: Contest, results: pd.DataFrame) -> Iterator[tuple[str, Row, int]]:
+    """What is still to be run: every trial, and once all are there, the finals."""
+    first = contest.seeds[0]
+    missing = [t for row in contest.rows for t in trials(contest, row) if not len(lines(results, t, first))]
+    yield from (("trial", trial, first) for trial in missing)
+    if not missing:
+        for row in finals(contest, results):
+            yield from (("final", row, seed) for seed in contest.seeds if not len(lines(results, row, seed)))
+
+
+def unread(contest: Contest, results: pd.DataFrame) -> list[tuple[Row, int]]:
+    """Finals that are trained, all of them, and not tested."""
+    if any(due(contest, results)):
+        return []
+    runs = [(row, seed) for row in finals(contest, results) for seed in contest.seeds]
+    return [(row, seed) for row, seed in runs if lines(results, row, seed).test_accuracy.isna().all()]
+
+
+def train(budget: str, stage: str, row: Row, seed: int, data_dir: str | None, runs: pathlib.Path, console) -> dict:
+    """One run without a look at the test split; its line."""
+    recipe = recipe_of(row, seed, data_dir)
+    rate = recipe.optimizer.learning_rate
+    console.print(f"[bold]{row.name}[/], {stage}, lr {rate:g}, seed {seed}")
+    folder = folder_of(runs / budget, row, stage, f"{rate:g}", seed)
+    # Signals of the finals over training are the evidence of docs/closing-the-gap.md.
+    taps = "blocks" if stage == "final" and seed == CONTESTS[budget].seeds[0] else None
+    options = {"overrides": row.build, "taps": taps, "keep_model": stage == "final", "test": False}
+    metrics = engine.run(row.model, recipe, folder, console=console, **options)
+    return {"budget": budget, "stage": stage, **line(row, seed, recipe, metrics, folder)}
+
+
+def markdown(budget: str, results: pd.DataFrame) -> str:
+    """Every candidate: best learning rate, validation after its trial, test accuracy of its finals, mean ± std."""
+    contest = CONTESTS[budget]
+    judged = verdicts(contest, results).set_index("row")
+    tested = {
+        row.name: 100 * pd.concat([lines(results, row, seed) for seed in contest.seeds]).set_index("seed").test_accuracy
+        for row in finals(contest, results)
+    }
+    beaten = tested.get(contest.rows[0].name, pd.Series(dtype=float))
+    text = [
+        f"| candidate | best rate | validation % after {contest.trial_epochs} epochs | test accuracy % | by seed, less "
+        f"{contest.rows[0].name} |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, verdict in judged.iterrows():
+        got = tested.get(name, pd.Series(dtype=float)).dropna()
+        mean = f"{got.mean():.1f} ± {got.std():.1f}" if len(got) else ""
+        less = ", ".join(f"{x:+.1f}" for x in (got - beaten).dropna()) if name != contest.rows[0].name else ""
+        text.append(f"| {name} | {verdict.rate:g} | {100 * verdict.validation:.1f} | {mean} | {less} |")
+    return "\n".join(text)
+
+
+def main(
+    budget: str,
+    data_dir: Annotated[str | None, typer.Option(help="of tensorflow-datasets; default: TFDS_DATA_DIR")] = None,
+    runs: Annotated[pathlib.Path, typer.Option(help="where the runs go")] = pathlib.Path("runs/gap"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is missing and stop")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the CSV and stop")] = False,
+) -> None:
+    """Run what a contest of training/experiments.py lacks: trials, finals, and then the test."""
+    console, path = Console(), RESULTS / "gap.csv"
+    if budget not in CONTESTS:
+        raise typer.BadParameter(f"Expected one of {', '.join(CONTESTS)}. Received: {budget!r}")
+    contest, results = CONTESTS[budget], read(path)
+    if as_markdown:
+        print(markdown(budget, results))
+        return
+    if dry_run:
+        for stage, row, seed in due(contest, results):
+            console.print(f"{row.name}, {stage}, lr {row.changes[RATE]:g}, seed {seed} (missing)")
+        return
+    while (job := next(due(contest, results), None)) is not None:
+        new = pd.DataFrame([train(budget, *job, data_dir, runs, console)])
+        results = pd.concat([results, new], ignore_index=True) if len(results) else new
+        write(path, results)
+    for row, seed in unread(contest, results):
+        at = lines_of(results, row, seed, recipe_of(row, seed, None))
+        tested = engine.evaluate(folder_of(runs / budget, row, "final", f"{row.changes[RATE]:g}", seed))
+        results.loc[at, ["test_accuracy", "test_loss"]] = [tested["accuracy"], tested["loss"]]
+        write(path, results)
+    console.print(Markdown(markdown(budget, results)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
