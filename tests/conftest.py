@@ -51,6 +51,13 @@ def fresh_process():
     return run
 
 
+def slow_but(fast, values):
+    """Parameters of a test, of which those that are not in `fast` run with the slow tests."""
+    several = [value if isinstance(value, tuple) else (value,) for value in values]
+    marks = [() if value in fast else pytest.mark.slow for value in values]
+    return [pytest.param(*value, marks=mark) for value, mark in zip(several, marks, strict=True)]
+
+
 def crossentropy():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 

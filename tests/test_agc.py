@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from agc_suite import reference
-from conftest import crossentropy
+from conftest import crossentropy, slow_but
 
 import nfzoo
 from nfzoo import agc
@@ -146,7 +146,7 @@ def raw_step():
     return _step()
 
 
-@pytest.mark.parametrize("factor", [0.001, 0.05])
+@pytest.mark.parametrize("factor", slow_but([0.001], [0.001, 0.05]))
 def test_train_step_applies_the_rule(raw_step, factor):
     _, before, gradients, _ = raw_step
     model, _, changes, logs = _step(agc_config=nfzoo.AGC(factor, log_clipped=True))
@@ -170,7 +170,8 @@ def test_no_agc_no_change_and_no_log(raw_step):
         np.testing.assert_allclose(changes[path], gradient, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrap", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", [True, False])
 def test_loss_scale_does_not_change_what_is_clipped(wrap):
     """float32 arithmetic with a loss scale of 2^15 equals no loss scale: the trap of clipping scaled gradients."""
     config = nfzoo.AGC(0.01, log_clipped=True)
@@ -199,6 +200,7 @@ def test_mixed_float16_clips_as_float32():
         assert (change <= 0.01 * np.maximum(weight, 1e-3) * 1.01 + 1e-7).all(), path
 
 
+@pytest.mark.slow
 def test_two_replicas_equal_one(fresh_process):
     """Clipping each replica's share of the gradient would bound their sum up to twice too loosely."""
     code = """

@@ -25,6 +25,7 @@ def test_batch_normalization_ties_examples_together_in_training_alone():
     assert min(differences.values()) > 0.05
 
 
+@pytest.mark.slow
 def test_the_readings_of_eun():
     assert certify.certify("eun_test_resnet", replicas=False, statistics="channel_l2").independent
     for statistics in ("whole_tensor", "per_channel_batch"):  # in inference too

@@ -52,7 +52,7 @@ def call(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "run"
-    process = _run("train", "nf_test_efficientnet", *TINY, "--epochs", 1, "--out", out)
+    process = _run("train", "sn_test_ffnn", *TINY, "--epochs", 1, "--out", out)
     assert process.returncode == 0, process.stderr
     return out, process
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import built, same
+from conftest import built, same, slow_but
 
 import nfzoo
 from nfzoo.convert import driver, keras_applications, timm
@@ -34,14 +34,13 @@ ROUND_TRIPS = {
 NAMES = sorted(path.stem for path in (reference.FOLDER / "timm").glob("*.json"))
 SOONER = (
     "nf_resnet50",
-    "dm_nfnet_f0",
     "nf_regnet_b1",
     "efficientnet_b0",
     "eca_nfnet_l0",
 )  # the rest with the slow tests
 
 
-@pytest.mark.parametrize("name", [n if n in SOONER else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", slow_but(SOONER, NAMES))
 def test_names_and_shapes_are_those_of_timm(name):
     golden = json.loads((reference.FOLDER / "timm" / f"{name}.json").read_text())
     dialect = "keras" if name.startswith("tf_") else "timm"

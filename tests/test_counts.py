@@ -76,8 +76,6 @@ VARIED = [
 CHEAP = {
     "nf_resnet50",
     "bn_resnet20_cifar",
-    "bn_resnet110_cifar",
-    "eunnet110_cifar",
     "nf_regnet_b0",
     "nf_regnet_b2",
     "ResNet50",

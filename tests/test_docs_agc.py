@@ -24,6 +24,7 @@ def _table(heading):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+@pytest.mark.slow
 def test_python_of_the_guide_runs():
     found = {}
     exec("\n".join(block for block in BLOCKS if block not in PEERS), found)

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import kill_after
+from conftest import kill_after, slow_but
 from rich.console import Console
 
 import nfzoo
@@ -73,7 +73,7 @@ def test_the_same_command_again_returns_the_result(whole, console, monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "epoch"),
-    [(MODEL, 1), (MODEL, 3), pytest.param("nf_test_efficientnet", 2, marks=pytest.mark.slow)],
+    slow_but([(MODEL, 3)], [(MODEL, 1), (MODEL, 3), ("nf_test_efficientnet", 2)]),
 )
 def test_a_killed_run_ends_as_an_uninterrupted_one(whole, model, epoch, tmp_path, monkeypatch, console):
     """Same weights, history and signals, dropout and stochastic depth included."""
@@ -109,7 +109,9 @@ def test_ctrl_c_resumes(tmp_path, monkeypatch, console):
     assert "[red]run after epoch 1" in console.export_text()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "no description", "half a description"])
+@pytest.mark.parametrize(
+    "damage", slow_but(["truncate", "flip"], ["truncate", "flip", "no description", "half a description"])
+)
 def test_a_damaged_checkpoint_is_passed_over_aloud(damage, tmp_path, monkeypatch, console):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -4,7 +4,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
-from conftest import VARIANTS
+from conftest import VARIANTS, slow_but
 from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_sample_image
@@ -16,8 +16,7 @@ from nfzoo.export import card, formats, runtimes, source
 
 RECIPE = recipes.override(recipes.get("demo"), {"data.name": "fake", "epochs": 1, "batch_size": 64, "data.limit": 64})
 ENDINGS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx", "keras": ".keras"}
-SLOW = ("saved_model", "keras")  # TensorFlow starts in each of their processes
-EACH = [pytest.param(format, marks=[pytest.mark.slow] if format in SLOW else []) for format in ENDINGS]
+EACH = slow_but(["onnx"], ENDINGS)  # the others start TensorFlow in their processes, or before
 FULL = ["nf_resnet50", "dm_nfnet_f0", "sn_efficientnet_b0"]
 
 

@@ -147,7 +147,7 @@ def test_a_classifier_of_as_many_classes_is_new_too(tmp_path, watched, console):
     assert np.abs(watched[1]["head/kernel"] - stored).mean() > 0.01
 
 
-@pytest.mark.parametrize("classes", [4, 7])
+@pytest.mark.parametrize("classes", [pytest.param(4, marks=pytest.mark.slow), 7])
 def test_published_weights_decide_the_dialect(classes, tmp_path, monkeypatch, console):
     theirs = nfzoo.build("bn_test_efficientnet", dialect="timm", classes=classes)
     nfzoo.convert.save(theirs, tmp_path / "theirs.safetensors", target="timm")

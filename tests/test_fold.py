@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from conftest import slow_but
 from keras import layers
 
 import nfzoo
@@ -60,9 +61,7 @@ def _assert_folded(model):
     return plain
 
 
-@pytest.mark.parametrize(
-    "name", [n if "_resnet" in n or "_efficientnet" in n else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.parametrize("name", slow_but([n for n in NAMES if "_resnet" in n or "_efficientnet" in n], NAMES))
 def test_a_folded_model_computes_the_same(name):
     _assert_folded(scattered(name))
 
@@ -167,6 +166,19 @@ def test_half_precision_folds_to_float32():
         keras.config.set_dtype_policy("float32")
     assert {layer.compute_dtype for layer in plain.layers} == {"float32"}
     assert plain.fold_report.difference < 0.05  # of bfloat16
+
+
+def test_scales_and_shifts_one_after_another():
+    image = keras.Input((6, 6, 3))
+    x = layers.Rescaling(2.0, offset=0.3)(image)
+    x = layers.BatchNormalization()(x)
+    x = layers.Activation("tanh")(layers.Rescaling(-0.5, offset=1.0)(x))
+    x = layers.Rescaling(3.0, offset=-0.7)(layers.BatchNormalization()(layers.Conv2D(4, 3)(x)))
+    model = keras.Model(image, layers.Activation("silu")(x))
+    _scatter(model)
+    plain = fold(model)
+    _assert_same(model, plain)
+    assert not [layer for layer in plain.layers if isinstance(layer, layers.BatchNormalization)]
 
 
 def test_grouped_convolutions_stay_fast_where_nfzoo_is():

@@ -5,7 +5,7 @@ import math
 import keras
 import numpy as np
 import pytest
-from conftest import VARIANTS, crossentropy
+from conftest import VARIANTS, crossentropy, slow_but
 
 import nfzoo
 from nfzoo import names
@@ -61,10 +61,12 @@ def test_output_is_finite_and_every_variable_has_a_gradient(tiny):
         assert gradient is not None and np.abs(gradient).max() > 0, variable.path
 
 
-# Every variant by the family that admits them all; the rest with the slow tests.
-@pytest.mark.parametrize(
-    "name", [name if "_resnet" in name else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
-)
+# The others with the slow tests.
+SAVED = ("gn_test_nfnet", "sn_test_efficientnet", "rescale_test_efficientnet", "eun_test_resnet", "nf_test_regnet")
+SOME = ("bn_test_resnet", "sn_test_resnet", "nf_test_resnet")
+
+
+@pytest.mark.parametrize("name", slow_but(SOME, TINY))
 def test_loss_falls_on_one_batch(name):
     model = _build(name, dropout_rate=0.0)
     # Eagerly: building the graph of a step takes longer than its 25 runs.
@@ -74,7 +76,7 @@ def test_loss_falls_on_one_batch(name):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@tiny_models
+@pytest.mark.parametrize("tiny", slow_but(SAVED, TINY), indirect=True)
 def test_save_and_load(tiny, tmp_path):
     x = _noise(tiny)
     tiny.save(tmp_path / "model.keras")
@@ -115,11 +117,11 @@ def test_layer_names_do_not_depend_on_what_was_built_before(variant):
 
 
 MIXED = [*(f"{v}_test_efficientnet" for v in VARIANTS), "nf_test_resnet", "bn_test_resnet"]
-FAST = ("nf_test_efficientnet", "bn_test_resnet")
+FAST = ("nf_test_resnet",)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MIXED])
+@pytest.mark.parametrize("name", slow_but(FAST, MIXED))
 def test_mixed_precision(name, policy, images):
     keras.config.set_dtype_policy(policy)
     model = nfzoo.build(name)
@@ -244,7 +246,9 @@ def _profile(name, **overrides):
     return rows.acv.to_numpy()
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [({}, SN_MP), ({"magnitude_preserving": False}, SN_NO_MP)])
+@pytest.mark.parametrize(
+    ("overrides", "expected"), slow_but([({}, SN_MP)], [({}, SN_MP), ({"magnitude_preserving": False}, SN_NO_MP)])
+)
 def test_variance_profile_of_sn(overrides, expected):
     profiles = []
     for seed in range(3):

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from conftest import slow_but
 
 import nfzoo
 
@@ -43,7 +44,7 @@ def test_poster_logits(stored):
 
 # ---------------------------------------------------------------- through the converters
 # The rest of the stored references takes a minute more: they run with the slow tests.
-FAST = ("timm/nf_resnet50", "timm/nf_regnet_b1", "timm/efficientnet_b0", "deepmind/fixup_resnet50")
+FAST = ("timm/nf_resnet50", "timm/nf_regnet_b1", "timm/efficientnet_b0")
 STORED = sorted(
     f"{path.parent.name}/{path.stem}" for s in ("timm", "deepmind") for path in (reference.FOLDER / s).glob("*")
 )
@@ -55,7 +56,7 @@ def _converted(stored):
     return golden, nfzoo.convert.load(name, source, reference.weights(golden), input_shape=(None, None, 3))
 
 
-@pytest.mark.parametrize("stored", [s if s in FAST else pytest.param(s, marks=pytest.mark.slow) for s in STORED])
+@pytest.mark.parametrize("stored", slow_but(FAST, STORED))
 def test_converted_logits_and_signal_propagation(stored):
     """At an even and an odd size; the statistics are those that DeepMind's own code returned."""
     golden, model = _converted(stored)

@@ -8,6 +8,7 @@ import time
 
 import pandas as pd
 import pytest
+from conftest import slow_but
 
 from nfzoo import cli
 
@@ -53,13 +54,15 @@ _SHOWN = (line for document in DOCS for line in document.read_text().splitlines(
 # "…" stands for what a reader puts there; folders of other machines are not here.
 DOCUMENTED = [line for line in _SHOWN if re.match(r"nfzoo [a-z]", line) and not re.search("…|/shared/|--coord", line)]
 
+SHOWN = list(dict.fromkeys(COMMANDS + DOCUMENTED))
+
 
 def test_every_command_is_shown():
     known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     assert {shlex.split(command)[1] for command in COMMANDS} == known
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS + DOCUMENTED))
+@pytest.mark.parametrize("command", slow_but([c for c in SHOWN if "three.png" not in c], SHOWN))
 def test_commands_that_are_shown_are_accepted(command, monkeypatch, capsys, tmp_path):
     """Those that train or scan resolve in a dry run; those that need a trained run at least say so."""
     words = shlex.split(command, comments=True)

@@ -5,6 +5,7 @@ import math
 import keras
 import numpy as np
 import pytest
+from conftest import slow_but
 
 import nfzoo
 from nfzoo import layers, numerics
@@ -139,7 +140,7 @@ PROFILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", PROFILES)
+@pytest.mark.parametrize("variant", slow_but(("fixup", "sn", "nf"), PROFILES))
 def test_variance_profile_of_every_variant(variant):
     options = {"skip_gain": 1.0} if variant == "nf" else {}
     model = nfzoo.build(f"{variant}_resnet50", input_shape=(64, 64, 3), **options)

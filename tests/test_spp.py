@@ -6,13 +6,13 @@ import json
 import keras
 import numpy as np
 import pytest
-from conftest import VARIANTS, crossentropy
+from conftest import VARIANTS, crossentropy, slow_but
 
 import nfzoo
 from nfzoo import backend, spp
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(("bn", "nf"), VARIANTS))
 def test_activations_are_those_of_the_training_mode(variant, images):
     model = nfzoo.build(f"{variant}_test_efficientnet", dropout_rate=0.0)
     rows = spp.snapshot(model, images[0], what=("activations",)).set_index("layer")
@@ -90,13 +90,13 @@ def test_gradients_at_taps_equal_finite_differences():
         assert got.flat[i] == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["bn", pytest.param("nf", marks=pytest.mark.slow)])
-def test_probing_touches_nothing(variant, images):
+@pytest.mark.parametrize("name", slow_but(["bn_test_resnet"], ["bn_test_resnet", "nf_test_efficientnet"]))
+def test_probing_touches_nothing(name, images):
     """A probe in training mode would move BN's statistics and the dropout stream; the next step must not notice it."""
 
     def train(probe):
         keras.utils.set_random_seed(1)
-        model = nfzoo.build(f"{variant}_test_efficientnet", dropout_rate=0.5, repeats=(1, 1, 2))
+        model = nfzoo.build(name, dropout_rate=0.5)
         model.compile(keras.optimizers.Adam(1e-2), crossentropy(), agc=nfzoo.AGC())
         callbacks = [nfzoo.SignalPropagation(*images, every=1)] if probe else []
         model.fit(*images, epochs=3, batch_size=4, verbose=0, callbacks=callbacks)
@@ -104,6 +104,17 @@ def test_probing_touches_nothing(variant, images):
 
     for a, b in zip(train(False), train(True), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_probe_is_traced_once(images, monkeypatch):
+    """The first step makes the metrics of `compile`, after the first probe; tracing takes longer than measuring."""
+    traced, reduce = [], spp.reduction.Reduction.__call__
+    monkeypatch.setattr(spp.reduction.Reduction, "__call__", lambda *args: traced.append(1) or reduce(*args))
+    model = nfzoo.build("bn_test_ffnn", input_shape=(32, 32, 3))
+    model.compile("sgd", crossentropy(), metrics=["accuracy"])
+    probe = nfzoo.SignalPropagation(*images)
+    model.fit(*images, epochs=2, batch_size=4, verbose=0, callbacks=[probe])
+    assert len(probe.table()[["step", "epoch"]].drop_duplicates()) == 3 and len(traced) == 1
 
 
 def test_callback_records_at_init_and_every_epoch_and_writes_lines(images, tmp_path):
@@ -309,6 +320,7 @@ def test_bad_schedule():
         nfzoo.SignalPropagation(np.zeros((1, 2)), every=0)
 
 
+@pytest.mark.slow
 def test_deep_copy_for_the_tuner(images):
     """keras-tuner copies callbacks before every trial."""
     model = nfzoo.build("sn_test_efficientnet")

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import crossentropy
+from conftest import crossentropy, slow_but
 
 import nfzoo
 from nfzoo import spp
@@ -87,10 +87,9 @@ def weights_after(name, images, callbacks, **options):
     return [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables + model.optimizer.variables]
 
 
-SLOW = ("bn_test_efficientnet", "nf_test_efficientnet")
-
-
-@pytest.mark.parametrize("name", ["bn_test_resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize(
+    "name", slow_but(["bn_test_resnet"], ["bn_test_resnet", "bn_test_efficientnet", "nf_test_efficientnet"])
+)
 def test_training_is_the_same_with_eyes_on_it(name, images):
     """Equal but for rounding: operations are fused differently where their results are also read."""
     live = nfzoo.SignalPropagation(source="live", what=spp.WHAT)

@@ -191,12 +191,17 @@ def _real(model, build, size):
     ("model", "build", "tolerance"),
     [
         ("bn_resnetv2_26", {"init": "he"}, 0.08),
-        ("bn_resnetv2_26", {"init": "he", "order": "relu-bn-conv"}, 0.08),
+        pytest.param("bn_resnetv2_26", {"init": "he", "order": "relu-bn-conv"}, 0.08, marks=pytest.mark.slow),
         ("bn_resnet20_cifar", {}, 0.1),
         ("gn_resnet20_cifar", {}, 0.2),
         ("nf_resnet26", {"alpha": 1.0, "skip_gain": 1.0, "last_gain": 1.0}, 0.12),
-        ("eun_resnet26", {}, 0.16),
-        ("nf_resnet26", {"alpha": 1.0, "skip_gain": 1.0, "last_gain": 1.0, "padding_compensation": True}, 0.12),
+        pytest.param("eun_resnet26", {}, 0.16, marks=pytest.mark.slow),
+        pytest.param(
+            "nf_resnet26",
+            {"alpha": 1.0, "skip_gain": 1.0, "last_gain": 1.0, "padding_compensation": True},
+            0.12,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_networks_start_where_the_theory_says(model, build, tolerance):

@@ -56,6 +56,7 @@ def test_a_tag_is_a_default_and_no_more():
         nfzoo.build("nf_efficientnet_b0", weights="cifar100", classes=10)
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_become_a_tag(tmp_path, monkeypatch):
     small = {"data.name": "fake", "epochs": 1, "batch_size": 64, "data.limit": 64}
     recipe = recipes.override(recipes.get("demo"), small)

@@ -3,6 +3,7 @@ import json
 import keras
 import numpy as np
 import pytest
+from conftest import slow_but
 
 import nfzoo
 from nfzoo import weights
@@ -77,7 +78,9 @@ def test_keras_weights_that_do_not_fit_leave_the_model_as_it_was(model, tmp_path
         assert all(np.array_equal(a, b) for a, b in zip(before, target.get_weights(), strict=True))
 
 
-@pytest.mark.parametrize("options", [{"include_top": False}, {"features_only": True}])
+@pytest.mark.parametrize(
+    "options", slow_but([{"include_top": False}], [{"include_top": False}, {"features_only": True}])
+)
 def test_a_model_without_its_top_leaves_the_top_of_the_file(model, options, tmp_path):
     weights.save(model, tmp_path / "bn.safetensors")
     model.save(tmp_path / "bn.keras")

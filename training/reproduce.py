@@ -102,30 +102,6 @@ def report(table: str, results: pd.DataFrame, console: Console) -> None:
     console.print(view)
 
 
-def draw(table: str, results: pd.DataFrame):
-    """Test accuracies, a point per seed, over what was expected."""
-    from nfzoo.plots.style import COLOURS, new_figure, styled
-
-    @styled
-    def figure():
-        rows = [row for row in TABLES[table] if (results.row == row.name).any()]
-        made = new_figure(6, 0.9 + 0.27 * len(rows))
-        ax = made.subplots()
-        for at, row in enumerate(rows):
-            accuracies = 100 * results[results.row == row.name].test_accuracy
-            if row.expected is not None:
-                ax.barh(at, 2 * row.tolerance, left=row.expected - row.tolerance, height=0.6, color="#dddddd")
-                ax.plot([row.expected] * 2, [at - 0.3, at + 0.3], color="#888888")
-            ax.plot(accuracies, [at] * len(accuracies), "o", color=COLOURS[0], markersize=5)
-        ax.set_yticks(range(len(rows)), [row.name for row in rows])
-        ax.invert_yaxis()
-        ax.set_xlim(0, None)
-        ax.set_xlabel("test accuracy, % (a point: a seed; a bar: expected)")
-        return made
-
-    return figure()
-
-
 def run_missing(
     table: str, data_dir: str | None, runs: pathlib.Path, console: Console, seeds: Sequence[int] = (),
     dry_run: bool = False, collect: Callable[[Row, int, pathlib.Path], None] = lambda row, seed, folder: None,
@@ -174,6 +150,8 @@ def main(
         print(markdown(table, pd.read_csv(RESULTS / f"{table}.csv")))
         return
     if to is not None:
+        from pictures import draw
+
         from nfzoo import plots
 
         print(plots.save(draw(table, pd.read_csv(RESULTS / f"{table}.csv")), to))

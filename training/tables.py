@@ -40,6 +40,16 @@ def _races(pattern: str):
     return table
 
 
+def _small_batches() -> str:
+    """Test accuracy of every variant at every batch size, mean ± deviation over seeds."""
+    results = pd.read_csv(RESULTS / "small_batches.csv")
+    results[["variant", "batch"]] = results.row.str.split(", batch ", expand=True)
+    table = (100 * results.set_index(["variant", "batch"]).test_accuracy).groupby(level=[0, 1], sort=False)
+    cells = (table.mean().map("{:.1f}".format) + table.std().map(" ± {:.1f}".format)).unstack(sort=False)
+    lines = [f"| batch size | {' | '.join(cells.columns)} |", "| --- |" + " --- |" * len(cells.columns)]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(row)} |" for name, row in cells.iterrows())])
+
+
 def _memory() -> str:
     """Counted by `nfzoo.memory`, and the peak of the process that trains."""
     from nfzoo import memory, registry
@@ -89,6 +99,7 @@ TABLES = {
     "int8": _int8,
     "latency": _races("(latency|exported)_.*"),
     "memory": _memory,
+    "small_batches": _small_batches,
     **{f"models_{family}": _models(family) for family in ("efficientnet", "resnet", "nfnet", "regnet", "ffnn")},
     "training": _races("nfnet_f0|nf_resnet50|efficientnet_b0_32px|.*_against_bn|agc|input_pipeline_.*"),
 }

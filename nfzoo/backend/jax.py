@@ -6,7 +6,17 @@ import functools
 import jax
 import keras
 
-from nfzoo.backend.taps import TINY, check_step, clipping, loss_scale, loss_state, recording, training_mode, unscaled
+from nfzoo.backend.taps import (
+    TINY,
+    check_step,
+    clipping,
+    loss_counters,
+    loss_scale,
+    loss_state,
+    recording,
+    training_mode,
+    unscaled,
+)
 
 
 class Step:
@@ -132,7 +142,7 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
         return reduce(values, weights, unscaled(gradients[1], scale), unscaled(at_weights, scale))
 
     def call(x, y):
-        groups = (model.trainable_variables, model.non_trainable_variables, model.metrics_variables)
+        groups = (model.trainable_variables, model.non_trainable_variables, loss_counters(model))
         return run(x, y, *([v.value for v in group] for group in groups))
 
     return call

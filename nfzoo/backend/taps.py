@@ -56,9 +56,18 @@ def loss_scale(model: keras.Model) -> float:
     return 1024.0 if half else 1.0
 
 
+def loss_counters(model: keras.Model) -> list:
+    """Variables that a loss may write: all of the model's metrics but `compile(metrics=…)`.
+
+    Those are made by the first training step. A probe from before it would have to be traced again.
+    """
+    named = getattr(model, "_compile_metrics", None)
+    return [v for metric in model.metrics if metric is not named for v in metric.variables]
+
+
 def loss_state(model: keras.Model, trainable, counters) -> list[tuple]:
     """What a loss may read and write, for a stateless scope: weights that it penalises, means that it keeps."""
-    pairs = zip([*model.trainable_variables, *model.metrics_variables], [*trainable, *counters], strict=True)
+    pairs = zip([*model.trainable_variables, *loss_counters(model)], [*trainable, *counters], strict=True)
     return list(pairs)
 
 

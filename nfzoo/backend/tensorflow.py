@@ -7,7 +7,17 @@ import keras
 import tensorflow as tf
 from tensorflow.python.framework import config  # the public module has no way back
 
-from nfzoo.backend.taps import TINY, check_step, clipping, loss_scale, loss_state, recording, training_mode, unscaled
+from nfzoo.backend.taps import (
+    TINY,
+    check_step,
+    clipping,
+    loss_counters,
+    loss_scale,
+    loss_state,
+    recording,
+    training_mode,
+    unscaled,
+)
 
 
 class Step:
@@ -163,7 +173,7 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
     def call(x, y):
         state = [
             [tf.convert_to_tensor(v.value) for v in vs]
-            for vs in (model.trainable_variables, model.non_trainable_variables, model.metrics_variables)
+            for vs in (model.trainable_variables, model.non_trainable_variables, loss_counters(model))
         ]
         tensors = keras.tree.map_structure(tf.convert_to_tensor, (x, y), none_is_leaf=False)
         arguments = (*tensors, *state)
