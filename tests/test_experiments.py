@@ -4,11 +4,13 @@ import json
 import pathlib
 import sys
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
+import nfzoo
 from nfzoo import engine, names, recipes
 
 TRAINING = pathlib.Path(__file__).parents[1] / "training"
@@ -146,6 +148,24 @@ def test_cost_grows_linearly_with_the_batch():
         doubled = points[["ms", "peak_mb"]].to_numpy()[1:] / points[["ms", "peak_mb"]].to_numpy()[:-1]
         assert (np.diff(points.value.to_numpy()) == points.value.to_numpy()[:-1]).all()
         assert doubled.max() < 2.3  # a tenth and more is what neighbours on the machine add
+
+
+def test_the_share_of_a_branch_is_that_of_the_merge():
+    """Measured in networks whose merges are known: half of the power each, and alpha times gain."""
+    x, y = np.random.default_rng(0).standard_normal((8, 32, 32, 3)).astype("float32"), np.arange(8) % 10
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for name, build, weight in (
+        ("sn_test_efficientnet", {}, 0.5**0.5),
+        ("nf_test_efficientnet", {"alpha": 0.4, "skip_gain": 0.5}, 0.2),
+    ):
+        net = nfzoo.build(name, **build)
+        log = nfzoo.spp.snapshot(net, x, y, loss=loss, taps="blocks", what=("activations", "gradients"))
+        shares = signals.branch_share(log.assign(row=name, epoch=0))
+        np.testing.assert_allclose(shares.weight, weight, rtol=1e-4)
+        for line in shares.itertuples():
+            ends = [net.get_layer(f"{line.block}_{end}").output for end in ("branch", "out")]
+            branch, out = (np.asarray(t) for t in keras.Model(net.input, ends)(x))
+            assert line.share == pytest.approx(weight**2 * (branch**2).mean() / (out**2).mean(), rel=1e-3)
 
 
 @pytest.fixture

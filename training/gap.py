@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Annotated
 
 import pandas as pd
+import signals
 import typer
 from experiments import CONTESTS, Contest, Row
 from reproduce import RESULTS, folder_of, line, lines_of, read, recipe_of, write
@@ -88,6 +89,8 @@ def train(budget: str, stage: str, row: Row, seed: int, data_dir: str | None, ru
     taps = "blocks" if stage == "final" and seed == CONTESTS[budget].seeds[0] else None
     options = {"overrides": row.build, "taps": taps, "keep_model": stage == "final", "test": False}
     metrics = engine.run(row.model, recipe, folder, console=console, **options)
+    if taps:
+        signals.add_signals("gap", row.name, seed, signals.keep_blocks(row, seed, folder))
     return {"budget": budget, "stage": stage, **line(row, seed, recipe, metrics, folder)}
 
 
@@ -117,6 +120,7 @@ def main(
     budget: str,
     data_dir: Annotated[str | None, typer.Option(help="of tensorflow-datasets; default: TFDS_DATA_DIR")] = None,
     runs: Annotated[pathlib.Path, typer.Option(help="where the runs go")] = pathlib.Path("runs/gap"),
+    rows: Annotated[str | None, typer.Option(help="only trials of these, separated by semicolons")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is missing and stop")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the CSV and stop")] = False,
 ) -> None:
@@ -125,14 +129,21 @@ def main(
     if budget not in CONTESTS:
         raise typer.BadParameter(f"Expected one of {', '.join(CONTESTS)}. Received: {budget!r}")
     contest, results = CONTESTS[budget], read(path)
+    named = {row.name for row in contest.rows} if rows is None else {name.strip() for name in rows.split(";")}
+    if unknown := named - {row.name for row in contest.rows}:
+        raise typer.BadParameter(f"Expected candidates: {'; '.join(r.name for r in contest.rows)}. Received: {unknown}")
     if as_markdown:
         print(markdown(budget, results))
         return
+
+    def jobs() -> Iterator[tuple[str, Row, int]]:
+        return (job for job in due(contest, results) if rows is None or (job[0] == "trial" and job[1].name in named))
+
     if dry_run:
-        for stage, row, seed in due(contest, results):
+        for stage, row, seed in jobs():
             console.print(f"{row.name}, {stage}, lr {row.changes[RATE]:g}, seed {seed} (missing)")
         return
-    while (job := next(due(contest, results), None)) is not None:
+    while (job := next(jobs(), None)) is not None:
         new = pd.DataFrame([train(budget, *job, data_dir, runs, console)])
         results = pd.concat([results, new], ignore_index=True) if len(results) else new
         write(path, results)

@@ -2,8 +2,9 @@
 
 import pandas as pd
 from experiments import TABLES, Row
+from matplotlib.colors import LogNorm
 
-from nfzoo.plots.style import COLOURS, new_figure, styled
+from nfzoo.plots.style import COLOURS, SEQUENCE, new_figure, styled
 
 
 @styled
@@ -46,6 +47,25 @@ def by_batch(rows: list[Row], results: pd.DataFrame):
     ax.set_xlabel("batch size, the same examples seen in all")
     ax.set_ylabel("test accuracy, %")
     ax.legend()
+    return made
+
+
+@styled
+def branches(shares: pd.DataFrame):
+    """How much a block's output owes to its branch, by block and epoch, a panel per network: dark is dead."""
+    rows, blocks = list(dict.fromkeys(shares.row)), sorted(shares.block.unique())
+    made = new_figure(1.8 + 1.45 * len(rows), 0.9 + 0.22 * len(blocks))
+    axes = made.subplots(1, len(rows), squeeze=False, sharex=True, sharey=True)[0]
+    for ax, row in zip(axes, rows, strict=True):
+        grid = shares[shares.row == row].pivot(index="block", columns="epoch", values="share").reindex(blocks)
+        mesh = ax.pcolormesh(
+            grid.columns, range(len(blocks)), grid, cmap=SEQUENCE, norm=LogNorm(1e-4, 1, clip=True), shading="nearest"
+        )
+        ax.set_title(row)
+        ax.set_xlabel("epoch")
+    axes[0].set_yticks(range(len(blocks)), [block.replace("_", " ") for block in blocks])
+    axes[0].invert_yaxis()
+    made.colorbar(mesh, ax=axes, extend="min", label="mean square, branch / block output")
     return made
 
 

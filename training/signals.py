@@ -17,6 +17,7 @@ from typing import Annotated
 
 import numpy as np
 import pandas as pd
+import pictures
 import typer
 from experiments import PROFILES, Profile, Row
 from matplotlib.figure import Figure
@@ -272,12 +273,51 @@ def eunnet_tables(signals: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------ residual branches, docs/closing-the-gap.md
+def keep_blocks(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
+    """Outputs of blocks and branches, and the gradients there, at every epoch."""
+    log = spp.read(folder)
+    return log[log.kind.isin(("activation", "gradient")) & log.place.isin(("block", "branch"))]
+
+
+def branch_share(signals: pd.DataFrame) -> pd.DataFrame:
+    """What a residual branch brings to its block, relative to the output: row, epoch, block, weight, share.
+
+    The share is the mean square of the branch times w^2, where w is its weight in the merge. out = a skip + w branch
+    sends back w times the gradient at out: w^2 is the ratio of two gradients' mean squares, whatever w is made of.
+    """
+    table = signals.assign(block=signals.layer.str.rsplit("_", n=1).str[0]).pivot_table(
+        index=["row", "epoch", "block"], columns=["kind", "place"], values="second_moment"
+    )
+    # Where nothing is added the branch is the block.
+    table = table[table.activation.branch != table.activation.block]
+    square = table.gradient.branch / table.gradient.block
+    share = square * table.activation.branch / table.activation.block
+    return pd.DataFrame({"weight": np.sqrt(square), "share": share}).dropna().reset_index()
+
+
+def gap_figures(signals: pd.DataFrame) -> dict[str, Figure]:
+    return {"gap_branches": pictures.branches(branch_share(signals))}
+
+
+def gap_tables(signals: pd.DataFrame) -> str:
+    """Median over the residual blocks of a stage, at some epochs."""
+    shares = branch_share(signals).assign(stage=lambda t: t.block.str.split("_").str[0])
+    stages = sorted(shares.stage.unique())
+    lines = [f"| network | epoch | {' | '.join(stages)} |", "| --- | --- |" + " --- |" * len(stages)]
+    medians = shares.groupby(["row", "epoch", "stage"]).share.median().unstack()[stages]
+    for (row, epoch), part in medians.iterrows():
+        if epoch in (0, *POSTER_EPOCHS):
+            lines.append(f"| {row} | {epoch} | {' | '.join(f'{value:.1e}' for value in part)} |")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------ the command
 @dataclass(frozen=True)
 class Experiment:
     """How to measure a table; its figures by name; its tables as markdown."""
 
-    measure: Callable
+    measure: Callable | None  # None: another script collects the signals
     figures: Callable[[pd.DataFrame], dict[str, Figure]]
     tables: Callable[[pd.DataFrame], str]
 
@@ -287,6 +327,7 @@ EXPERIMENTS = {
     "ffnn_gradients": Experiment(measure_runs(keep_linear), ffnn_figures, ffnn_tables),
     "eunnet_activations": Experiment(measure_runs(keep_activations), eunnet_figures, eunnet_tables),
     "efficientnet_signals": Experiment(measure_runs(keep_poster_epochs), efficientnet_figures, efficientnet_tables),
+    "gap": Experiment(None, gap_figures, gap_tables),
 }
 
 
@@ -302,7 +343,7 @@ def main(
     console = Console()
     for name in EXPERIMENTS if table == "all" else [table]:
         experiment = EXPERIMENTS[name]
-        if not draw:
+        if not draw and experiment.measure:
             experiment.measure(name, data_dir, runs, console)
         signals = signals_of(name)
         if signals.empty:

@@ -50,6 +50,12 @@ def _small_batches() -> str:
     return "\n".join([*lines, *(f"| {name} | {' | '.join(row)} |" for name, row in cells.iterrows())])
 
 
+def _branches() -> str:
+    import signals
+
+    return signals.gap_tables(signals.signals_of("gap"))
+
+
 def _memory() -> str:
     """Counted by `nfzoo.memory`, and the peak of the process that trains."""
     from nfzoo import memory, registry
@@ -96,6 +102,7 @@ def _models(family: str):
 TABLES = {
     "beginnings": _races("import|build_.*"),
     "certify": _certificates,
+    "gap_branches": _branches,
     "int8": _int8,
     "latency": _races("(latency|exported)_.*"),
     "memory": _memory,
