@@ -39,26 +39,26 @@ def lines(results: pd.DataFrame, row: Row, seed: int) -> pd.DataFrame:
     return results[lines_of(results, row, seed, recipe_of(row, seed, None))] if len(results) else results
 
 
-def verdicts(contest: Contest, results: pd.DataFrame) -> pd.DataFrame:
-    """Best learning rate of each candidate, with its validation accuracy; those with all trials only."""
-    found = []
-    for place, row in enumerate(contest.rows):
+def verdicts(contest: Contest, results: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Candidate -> best learning rate, validation accuracy with it; of those whose trials are all there."""
+    found = {}
+    for row in contest.rows:
         tried = [lines(results, trial, contest.seeds[0]) for trial in trials(contest, row)]
         if all(map(len, tried)):
             table = pd.concat(tried)
             accuracy = table.val_accuracy.where(table.status == "complete", -math.inf)
-            best = table.loc[accuracy.idxmax()]
-            found.append({"place": place, "row": row.name, "rate": best.learning_rate, "validation": accuracy.max()})
-    return pd.DataFrame(found, columns=["place", "row", "rate", "validation"])
+            found[row.name] = (float(table.learning_rate[accuracy.idxmax()]), float(accuracy.max()))
+    return found
 
 
 def finals(contest: Contest, results: pd.DataFrame) -> list[Row]:
     """Who is trained for the whole budget, at which learning rate: the one to beat, and the best of the others."""
     judged = verdicts(contest, results)
-    others = judged[judged.place > 0].nlargest(contest.finalists, "validation")
-    chosen = pd.concat([judged[judged.place == 0], others])
-    rows = [contest.rows[place] for place in chosen.place]
-    return [replace(row, changes={**row.changes, RATE: rate}) for row, rate in zip(rows, chosen.rate, strict=True)]
+    first, *others = contest.rows
+    known = [row for row in others if row.name in judged]
+    best = sorted(known, key=lambda row: judged[row.name][1], reverse=True)[: contest.finalists]
+    chosen = [row for row in (first, *best) if row.name in judged]
+    return [replace(row, changes={**row.changes, RATE: judged[row.name][0]}) for row in chosen]
 
 
 def due(contest: Contest, results: pd.DataFrame) -> Iterator[tuple[str, Row, int]]:
@@ -97,22 +97,23 @@ def train(budget: str, stage: str, row: Row, seed: int, data_dir: str | None, ru
 def markdown(budget: str, results: pd.DataFrame) -> str:
     """Every candidate: best learning rate, validation after its trial, test accuracy of its finals, mean ± std."""
     contest = CONTESTS[budget]
-    judged = verdicts(contest, results).set_index("row")
+    to_beat = contest.rows[0].name
+    text = [
+        f"| candidate | best rate | validation % after {contest.trial_epochs} epochs | test accuracy % | by seed, less "
+        f"{to_beat} |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     tested = {
         row.name: 100 * pd.concat([lines(results, row, seed) for seed in contest.seeds]).set_index("seed").test_accuracy
         for row in finals(contest, results)
+        if all(len(lines(results, row, seed)) for seed in contest.seeds)
     }
-    beaten = tested.get(contest.rows[0].name, pd.Series(dtype=float))
-    text = [
-        f"| candidate | best rate | validation % after {contest.trial_epochs} epochs | test accuracy % | by seed, less "
-        f"{contest.rows[0].name} |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, verdict in judged.iterrows():
-        got = tested.get(name, pd.Series(dtype=float)).dropna()
-        mean = f"{got.mean():.1f} ± {got.std():.1f}" if len(got) else ""
-        less = ", ".join(f"{x:+.1f}" for x in (got - beaten).dropna()) if name != contest.rows[0].name else ""
-        text.append(f"| {name} | {verdict.rate:g} | {100 * verdict.validation:.1f} | {mean} | {less} |")
+    for name, (rate, validation) in verdicts(contest, results).items():
+        cells, got = ["", ""], tested.get(name, pd.Series(dtype=float)).dropna()
+        if len(got):
+            cells[0] = f"{got.mean():.1f} ± {got.std():.1f}"
+            cells[1] = ", ".join(f"{x:+.1f}" for x in got - tested[to_beat]) if name != to_beat else ""
+        text.append(f"| {name} | {rate:g} | {100 * validation:.1f} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
