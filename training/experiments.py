@@ -159,10 +159,11 @@ TABLES: dict[str, list[Row]] = {
 
 TABLES["small_batches"] = [
     Row(
-        f"{name.upper()}, batch {batch}", f"{name}_resnet20_cifar", "small_batch",
-        changes={**_SMALL, "batch_size": batch}, seeds=(0, 1, 2),
+        f"{name}, batch {batch}", f"{name[:2].lower()}_resnet20_cifar", "small_batch",
+        changes={**_SMALL, "batch_size": batch}, build=build, seeds=(0, 1, 2),
     )
-    for name in ("bn", "gn", "sn", "nf") for batch in (2, 4, 16, 128)
+    for name, build in {"BN": {}, "GN": {}, "SN": {}, "NF": {}, "NF open": {"skip_gain": 1.0}}.items()
+    for batch in (2, 4, 16, 128)
 ]  # fmt: skip
 
 # Branches that are open from the start, and what zero padding takes given back.
