@@ -1,6 +1,7 @@
 """Files that are whole or not there, their digests, and JSON that every reader takes."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -36,6 +37,17 @@ def atomic(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def waited_for(folder: pathlib.Path) -> Iterator[None]:
+    """Hold a folder for this process, once others that do are done. The lock ends with the process."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 def sha256(path: str | pathlib.Path) -> str:

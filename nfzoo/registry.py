@@ -186,6 +186,8 @@ def _assemble(
     from nfzoo.models.sites import Site
     from nfzoo.trainer import NFModel
 
+    if (order := keras.config.image_data_format()) != "channels_last":
+        raise ValueError(f'Expected keras.config.image_data_format() "channels_last". Received: {order!r}')
     shape = tuple(input_tensor.shape[1:]) if input_tensor is not None else tuple(input_shape or spec.input_shape)
     _check_shape(shape, spec.min_size)
     x = keras.Input(shape, name="image") if input_tensor is None else input_tensor

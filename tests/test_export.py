@@ -78,6 +78,14 @@ def test_mistakes_are_said_before_anything_is_done(run, tmp_path, monkeypatch):
         export.export(run, tmp_path / "x.tflite", "onnx")
     with pytest.raises(ValueError, match="with litert, or None. Received: 'int8' with onnx"):
         export.export(run, tmp_path / "x.onnx", quantize="int8")
+    with pytest.raises(ValueError, match=r"\.onnx, .*or a folder. Received: x\.pt"):
+        export.export(run, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"fold=True for a \.keras file.*a NFModel"):
+        export.export(run, tmp_path / "x.keras", fold=False)
+    with pytest.raises(ValueError, match="Expected images"):
+        export.export(run, tmp_path / "x.onnx", images=np.zeros((0, 32, 32, 3)))
+    with pytest.raises(ValueError, match="one output"):
+        export.export(nfzoo.build("nf_test_resnet", features_only=True), tmp_path / "x.onnx")
     with pytest.raises(FileNotFoundError, match="folder of a run"):
         export.export(tmp_path, tmp_path / "x")
     with pytest.raises(ValueError, match="sn_test_efficientnet"):
@@ -95,6 +103,40 @@ class _ErfInv(keras.layers.Layer):
         import tensorflow as tf
 
         return tf.math.erfinv(keras.ops.tanh(x))
+
+
+def test_what_another_export_entered_meanwhile_stays(tmp_path, monkeypatch):
+    work = export._artefact
+
+    def slow(*args):
+        made = work(*args)
+        (tmp_path / "manifest.json").write_text('{"other.onnx": {"format": "onnx"}}')
+        return made
+
+    monkeypatch.setattr(export, "_artefact", slow)
+    model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(2, 3)])
+    export.export(model, tmp_path / "own.onnx")
+    assert json.loads((tmp_path / "manifest.json").read_text()).keys() == {"other.onnx", "own.onnx"}
+
+
+def test_a_damaged_artefact_is_said(tmp_path):
+    for ending in (".onnx", ".keras"):
+        (tmp_path / f"half{ending}").write_bytes(b"half of a file")
+        with pytest.raises(ValueError, match=rf"whole. Received: .*half\{ending}, which its runtime does not load"):
+            runtimes.load(tmp_path / f"half{ending}")
+    with pytest.raises(ValueError, match=r"missing\.onnx, which does not exist"):
+        runtimes.load(tmp_path / "missing.onnx")
+
+
+def test_grey_images_are_exported(tmp_path):
+    model = nfzoo.build("nf_test_resnet", input_shape=(32, 32, 1), classes=3)
+    entry = export.export(model, tmp_path / "grey.onnx")
+    assert entry["largest_relative_difference"] < 1e-4 and not entry.get("constant_outputs")
+
+
+def test_constant_outputs_are_said(tmp_path):
+    entry = export.export("fixup_test_resnet", tmp_path / "fixup.onnx", examples=2)
+    assert entry["constant_outputs"] and entry["largest_relative_difference"] == 0
 
 
 @pytest.mark.parametrize("ending", [".tflite", ".onnx"])

@@ -168,6 +168,41 @@ def test_half_precision_folds_to_float32():
     assert plain.fold_report.difference < 0.05  # of bfloat16
 
 
+class Doubled(layers.Conv2D):
+    """A convolution of somebody else's."""
+
+    def convolution_op(self, inputs, kernel):
+        return 2 * super().convolution_op(inputs, kernel)
+
+
+def test_what_only_looks_known_is_kept_as_it_is():
+    def relu(x):  # clipped, by the name of another
+        return keras.ops.minimum(keras.ops.relu(x), 1.0)
+
+    for middle in (
+        [layers.BatchNormalization(axis=1)],
+        [layers.Rescaling(5.0), layers.Activation(relu)],
+        [Doubled(4, 3, padding="same")],
+        [layers.DepthwiseConv2D(3), layers.Rescaling([2.0], [1.0])],
+    ):
+        model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(4, 3, padding="same"), *middle])
+        _scatter(model)
+        _assert_same(model, fold(model))
+
+
+def test_a_model_that_changes_when_folded_is_refused(monkeypatch):
+    from nfzoo.folding import graph
+
+    wrong = lambda layer, inputs: graph.affine(layer.name, inputs[0], 1.5)  # noqa: E731
+    monkeypatch.setattr(graph, "_READERS", [(layers.BatchNormalization, wrong), *graph._READERS])
+    with pytest.raises(ValueError, match="change by .* relative.*please report"):
+        fold(scattered("bn_test_resnet"))
+
+
+def test_constant_outputs_show_nothing():
+    assert np.isnan(fold(nfzoo.build("fixup_test_resnet")).fold_report.difference)
+
+
 def test_scales_and_shifts_one_after_another():
     image = keras.Input((6, 6, 3))
     x = layers.Rescaling(2.0, offset=0.3)(image)

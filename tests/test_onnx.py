@@ -56,6 +56,8 @@ def _net(*chain):
 _NETS = {
     "conv same, stride 2": (layers.Conv2D(6, 3, 2, "same"),),
     "conv valid, dilated, grouped": (layers.Conv2D(6, 3, dilation_rate=2, groups=2, use_bias=False),),
+    "conv same, dilated": (layers.Conv2D(6, 4, padding="same", dilation_rate=(2, 3)),),
+    "depthwise same, dilated": (layers.DepthwiseConv2D(3, padding="same", dilation_rate=2),),
     "conv even kernel": (layers.Conv2D(6, 4, 2, "same"),),
     "depthwise multiplied": (layers.DepthwiseConv2D(5, 2, "same", depth_multiplier=2),),
     "max pool": (layers.MaxPooling2D(3, 2, "same"),),

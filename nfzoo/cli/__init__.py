@@ -1,15 +1,18 @@
 """The command line: handlers of a few lines, heavy imports inside them, errors in one line."""
 
+import importlib
 import os
 import sys
 
 from rich.console import Console
 from rich.markup import escape
 
-from nfzoo.cli import artefacts, models, recipes, runs, scans, signals  # noqa: F401
 from nfzoo.cli.common import app, console, quiet_start
 
 __all__ = ["app", "console", "main", "quiet_start"]
+
+for _module in ("models", "recipes", "runs", "scans", "signals", "artefacts"):  # in the order of `nfzoo --help`
+    importlib.import_module(f"nfzoo.cli.{_module}")
 
 
 def _told(error: Exception) -> str:

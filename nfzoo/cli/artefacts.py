@@ -8,7 +8,7 @@ import typer
 from nfzoo.cli.common import app, console, quiet_start, say
 
 
-@app.command()
+@app.command(rich_help_panel="Deployment")
 def export(
     model: Annotated[str, typer.Argument(help="folder of a run, or a model of the zoo: NAME, NAME.TAG")],
     to: Annotated[
@@ -32,6 +32,8 @@ def export(
         entry = export(model, to, format, fold=fold, preprocess=preprocess, quantize=quantize)
     difference = entry["largest_relative_difference"]
     say(f"wrote {to}, reloaded and compared on real images: largest relative difference {difference:.1e}")
+    if entry.get("constant_outputs"):
+        say("the outputs are the same for every image, as of a classifier that starts at zero: this shows nothing yet")
     if entry.get("quantized"):
         say(f"of these images {entry['same_class']:.1%} keep their class; evaluate an 8-bit model on your own data")
     if "bytes" in entry:
@@ -41,7 +43,7 @@ def export(
         )
 
 
-@app.command("serve-check")
+@app.command("serve-check", rich_help_panel="Deployment")
 def serve_check(
     path: Annotated[pathlib.Path, typer.Argument(help="a SavedModel's folder, a .tflite, .onnx or .keras file")],
     image: Annotated[list[pathlib.Path] | None, typer.Option(help="an image file; may be repeated")] = None,

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+import nfzoo
+
 app = typer.Typer(
-    help="Keras 3 networks that train without batch normalization: build, train, watch, scan, export.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 console = Console()
@@ -35,6 +36,21 @@ Build = Annotated[
 Epochs = Annotated[int | None, typer.Option(help="number of epochs")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved options and stop")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(nfzoo.__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and stop")
+    ] = False,
+) -> None:
+    """Keras 3 networks that train without batch normalization: build, train, watch, scan, export."""
 
 
 def pairs(items: list[str] | None) -> dict[str, str]:

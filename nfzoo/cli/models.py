@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from nfzoo.cli.common import AsJson, Build, Model, app, console, overrides_of, quiet_start, say
 
 
-@app.command("list")
+@app.command("list", rich_help_panel="Models")
 def list_(
     pattern: Annotated[str, typer.Argument(help='shell wildcards, e.g. "sn_*"')] = "*",
     variant: Annotated[str | None, typer.Option(help="keep one variant, e.g. nf")] = None,
@@ -37,7 +37,7 @@ def list_(
     console.print(view if infos else f"No model matches {pattern!r}.", markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 def info(
     model: Model,
     agc: Annotated[bool, typer.Option("--agc", help="print every variable with its unit axes and clip factor")] = False,
@@ -105,9 +105,12 @@ def _memory(net, as_json: bool) -> None:
     console.print(view)
 
 
-@app.command()
+DEPENDENT = 3  # exit status; 1 is an error, 2 a wrong use
+
+
+@app.command(rich_help_panel="Models")
 def certify(model: Model, build: Build = None, as_json: AsJson = False) -> None:
-    """Measure whether an example's output and gradient depend on its batch; exit status 1 if they do."""
+    """Measure whether an example's output and gradient depend on its batch; exit status 3 if they do."""
     with quiet_start():
         from nfzoo import certify as certificates
 
@@ -124,10 +127,10 @@ def certify(model: Model, build: Build = None, as_json: AsJson = False) -> None:
         does = "does not depend" if found.independent else "depends"
         say(f"{model}: what it makes of an example {does} on the batch")
     if not found.independent:
-        raise typer.Exit(1)
+        raise typer.Exit(DEPENDENT)
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 def convert(
     source: Annotated[str, typer.Argument(help="whose layout FILE has: timm, deepmind or keras (applications)")],
     file: Annotated[pathlib.Path, typer.Argument(help=".safetensors, .pth, .bin; a pickle, .npz; .h5, .keras")],

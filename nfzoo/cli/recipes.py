@@ -8,7 +8,7 @@ from rich.table import Column, Table
 from nfzoo.cli.common import Settings, app, console, recipe_of
 
 
-@app.command()
+@app.command(rich_help_panel="Training")
 def recipes(
     name: Annotated[str | None, typer.Argument(help="print this one in full, as JSON")] = None,
     set_: Settings = None,

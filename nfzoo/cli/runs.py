@@ -27,7 +27,7 @@ from nfzoo.cli.common import (
 )
 
 
-@app.command()
+@app.command(rich_help_panel="Training")
 def train(
     model: Model,
     data: Source = None,
@@ -94,7 +94,7 @@ def train(
         )
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel="Training")
 def eval_(run: Run, data: Source = None, data_dir: DataDir = None) -> None:
     """Evaluate the model of a run on its test images, or on other data of the same classes."""
     with quiet_start():
@@ -103,7 +103,7 @@ def eval_(run: Run, data: Source = None, data_dir: DataDir = None) -> None:
     console.print_json(data=engine.evaluate(run, data, data_dir))
 
 
-@app.command()
+@app.command(rich_help_panel="Training")
 def data(
     name: Annotated[str, typer.Argument(help="digits, fake, a tfds name, or a folder of images by class")],
     to: Annotated[pathlib.Path, typer.Option(help="FILE.npz to write")],

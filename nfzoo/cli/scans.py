@@ -27,7 +27,7 @@ from nfzoo.cli.common import (
 _VALUES = "separated by commas, or a range LOW..HIGH"
 
 
-@app.command()
+@app.command(rich_help_panel="Training")
 def scan(
     models: Annotated[list[str], typer.Argument(help="names of models")],
     lr: Annotated[str, typer.Option(help=f"learning rates {_VALUES}")] = "0.1,0.01,0.001",
@@ -137,7 +137,7 @@ def _show(results, command: str | None, out: pathlib.Path) -> None:
     say(f"best by validation accuracy:\n{command}" if command else advice)
 
 
-@app.command("lr-find")
+@app.command("lr-find", rich_help_panel="Training")
 def lr_find(
     model: Model,
     data: Source = None,

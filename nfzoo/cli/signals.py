@@ -29,7 +29,7 @@ _FILMS = (".gif", ".webp", ".apng")
 WithTheory = Annotated[bool, typer.Option(help="draw what theory expects at initialisation beside it")]
 
 
-@app.command()
+@app.command(rich_help_panel="Signals")
 def spp(
     sources: Annotated[
         list[str], typer.Argument(help="folders of runs, or names of models (measured at initialisation)")
@@ -102,7 +102,7 @@ def _at_initialisation(model: str, source, taps: str, seed: int, overrides: dict
     return log.assign(step=0, epoch=0), {"model": model, "build": overrides, "images": constants}
 
 
-@app.command()
+@app.command(rich_help_panel="Signals")
 def report(
     runs: Annotated[list[pathlib.Path], typer.Argument(help="folders of runs, or of a log (spp.jsonl)")],
     out: Annotated[pathlib.Path, typer.Option(help="file to write")] = pathlib.Path("report.html"),
@@ -121,7 +121,7 @@ def report(
 _MARKS = {"alarm": "[bold red]✗[/]", "warning": "[yellow]![/]", "note": "[blue]i[/]", "good": "[green]✓[/]"}
 
 
-@app.command()
+@app.command(rich_help_panel="Signals")
 def doctor(
     model: Annotated[str, typer.Argument(help="name of a model, keras.applications:NAME, or FILE.keras")],
     data: Source = None,

@@ -16,7 +16,7 @@ from nfzoo.export import card as cards
 from nfzoo.export import formats, runtimes
 from nfzoo.export.serve import serve_check
 from nfzoo.export.source import source_of, with_preprocessing
-from nfzoo.files import atomic, sha256
+from nfzoo.files import atomic, sha256, waited_for
 
 __all__ = ["export", "folder_sha256", "serve_check"]
 
@@ -53,7 +53,8 @@ def export(
     Returns:
         The manifest entry: sha256, model, input, classes, metrics, largest difference, bytes, latency of one image,
         throughput of a batch of those images. For an int8 model, the difference is what quantization costs, and
-        "same_class" the share of up to 256 images that keep their class.
+        "same_class" the share of up to 256 images that keep their class. "constant_outputs" where the outputs are the
+        same for every image, so that the comparison shows nothing.
 
     Raises:
         ValueError: an unknown format, operators that it lacks, or an artefact whose outputs differ by more than 1e-4
@@ -68,18 +69,37 @@ def export(
         raise ValueError(f'Expected quantize="int8" with litert, or None. Received: {quantize!r} with {name}')
     if to.exists():
         raise FileExistsError(f"Expected a path that does not exist yet. Received: {to}; remove it or choose another.")
+    if images is not None and not len(images):
+        raise ValueError("Expected images to compare the artefact on. Received: none")
     found = source_of(source, CALIBRATION if quantize else examples, images)
+    if name == "keras" and not fold and (foreign := _foreign(found.model)):
+        raise ValueError(
+            "Expected fold=True for a .keras file, which has to load without nfzoo. Received: fold=False and a "
+            f"{foreign}; model.save(path) writes the network as it is"
+        )
+    if isinstance(found.model.output, list | dict | tuple):
+        raise ValueError(
+            f"Expected a model of one output. Received: {found.model.name} with {len(found.model.outputs)}"
+        )
     model = found.card["model"].partition(".")[0]
     if name == "weights" and not re.fullmatch(rf"{re.escape(model)}\.\w+\.safetensors", to.name):
         raise ValueError(f"Expected weights to be called {model}.TAG.safetensors. Received: {to.name}")
-    entries = _entries(to.parent / "manifest.json")
+    manifest = to.parent / "manifest.json"
+    _entries(manifest)  # a damaged one is said before the work
     if preprocess:
         found = with_preprocessing(found)
     made = _weights(found, to) if name == "weights" else _artefact(found, to, name, fold, quantize)
     entry = {"format": name, **made, **found.card}
-    with atomic(to.parent / "manifest.json") as partial:
-        partial.write_text(json.dumps({**entries, to.name.removesuffix(".safetensors"): entry}, indent=1) + "\n")
+    with waited_for(to.parent), atomic(manifest) as partial:
+        entries = {**_entries(manifest), to.name.removesuffix(".safetensors"): entry}
+        partial.write_text(json.dumps(entries, indent=1) + "\n")
     return entry
+
+
+def _foreign(model: keras.Model) -> str | None:
+    """The first class of a model that is not Keras' own."""
+    kinds = (type(part) for part in (model, *model._flatten_layers(include_self=False)))
+    return next((kind.__name__ for kind in kinds if not kind.__module__.startswith("keras.")), None)
 
 
 def _weights(found, to: pathlib.Path) -> dict:
@@ -109,6 +129,8 @@ def _artefact(found, to: pathlib.Path, name: str, fold: bool, quantize: str | No
         partial.rename(to)
     same = {"same_class": float((outputs.argmax(-1) == expected.argmax(-1)).mean())} if quantize else {}
     made = {"path": to.name, "sha256": digest, "bytes": size, "largest_relative_difference": difference, **same}
+    if not np.ptp(expected, axis=0).any():  # a classifier that starts at zero
+        made["constant_outputs"] = True
     return {**made, **speed, "folded": fold, "quantized": quantize}
 
 

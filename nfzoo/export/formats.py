@@ -94,6 +94,10 @@ FORMATS = {
 }
 
 
+# Endings of files that we do not write. Any other is part of a folder's name ("sn_b0.v2").
+OTHERS = (".pt", ".pth", ".h5", ".hdf5", ".pb", ".bin", ".npz", ".zip", ".mlmodel", ".engine", ".pkl", ".ckpt", ".lite")
+
+
 def format_of(path: pathlib.Path, name: str | None) -> str:
     """The format of a name, or of the ending of a path.
 
@@ -102,6 +106,8 @@ def format_of(path: pathlib.Path, name: str | None) -> str:
         ImportError: packages that it needs are absent.
     """
     by_suffix = {one.suffix: key for key, one in FORMATS.items()}
+    if name is None and path.suffix.lower() in OTHERS:
+        raise ValueError(f"Expected {', '.join(filter(None, by_suffix))}, or a folder. Received: {path.name}")
     name = by_suffix.get(path.suffix, "saved_model") if name is None else name
     if name not in FORMATS:
         raise ValueError(f"Expected a format among {', '.join(FORMATS)}. Received: {name!r}")

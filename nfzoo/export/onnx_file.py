@@ -109,8 +109,12 @@ def _input(file: _File, node: Node) -> str:
 
 def _window(layer, size: tuple[int, ...]) -> dict:
     """Window, strides and padding as attributes."""
-    padding = {"valid": "VALID", "same": "SAME_UPPER"}[layer.padding]
-    return {"kernel_shape": size, "strides": layer.strides, "auto_pad": padding}
+    window = {"kernel_shape": size, "strides": layer.strides}
+    dilation = getattr(layer, "dilation_rate", (1, 1))
+    if layer.padding == "same" and max(dilation) > 1:  # ONNX Runtime has no automatic padding here; strides are 1
+        total = [rate * (side - 1) for rate, side in zip(dilation, size, strict=True)]
+        return {**window, "pads": [*(n // 2 for n in total), *(n - n // 2 for n in total)]}
+    return {**window, "auto_pad": {"valid": "VALID", "same": "SAME_UPPER"}[layer.padding]}
 
 
 def _conv(file: _File, node: Node, x: str) -> str:

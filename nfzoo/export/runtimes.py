@@ -78,7 +78,7 @@ def keras(path: str) -> tuple[Run, dict]:
         kind: {one.name: _described(one.shape, one.dtype) for one in found}
         for kind, found in (("inputs", model.inputs), ("outputs", model.outputs))
     }
-    return lambda x: np.asarray(model.predict(x, verbose=0)), described
+    return lambda x: np.asarray(model.predict_on_batch(x)), described  # `predict` sets up an epoch for each call
 
 
 RUNTIMES = {"": saved_model, ".tflite": litert, ".onnx": onnx, ".keras": keras}
@@ -92,9 +92,18 @@ def load(path: str | pathlib.Path) -> tuple[Run, dict]:
     """
     path = pathlib.Path(path)
     kind = "" if path.is_dir() else path.suffix
-    if kind not in RUNTIMES or not path.exists():
-        raise ValueError(f"Expected a SavedModel's folder, a .tflite, .onnx or .keras file. Received: {path}")
-    return RUNTIMES[kind](str(path))
+    wanted = "Expected a SavedModel's folder, a .tflite, .onnx or .keras file"
+    if not path.exists():
+        raise ValueError(f"{wanted}. Received: {path}, which does not exist")
+    if kind not in RUNTIMES:
+        raise ValueError(f"{wanted}. Received: {path}")
+    try:
+        return RUNTIMES[kind](str(path))
+    except ImportError:
+        raise
+    except Exception as error:  # each runtime has its own for a damaged file
+        text = " ".join(str(error).split())
+        raise ValueError(f"{wanted}, whole. Received: {path}, which its runtime does not load: {text[:300]}") from error
 
 
 def _described(shape, dtype: str) -> dict:

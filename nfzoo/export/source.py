@@ -106,9 +106,13 @@ def _of_model(model: keras.Model, card: dict, examples: int) -> Source:
     size = tuple(side or 224 for side in shape[:2])
     x = _photographs(size, shape[-1], min(examples, 64))
     constants = card.get("input", registry.PREPROCESSING)
-    x = (x - np.asarray(constants["mean"])) / np.asarray(constants["std"])
+    mean, std = (np.asarray(constants[key]) for key in ("mean", "std"))
+    if len(mean) != shape[-1]:  # grey images, and the constants of colours
+        mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
+    x = (x - mean) / std
     if "input" in card:
-        card = {**card, "input": {**card["input"], "shape": [None, *shape], "of": "x / 255"}}
+        known = {"mean": mean.tolist(), "std": std.tolist(), "shape": [None, *shape], "of": "x / 255"}
+        card = {**card, "input": {**card["input"], **known}}
     x = x.astype("float32")
     return Source(model, x, x, card)
 

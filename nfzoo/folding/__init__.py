@@ -1,5 +1,6 @@
 """Fold what is constant at inference into kernels and biases: a plain Keras model that computes the same."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from nfzoo.folding.rules import simplify
 from nfzoo.layers import CompensatePadding, StandardizeInput
 
 __all__ = ["FoldReport", "fold"]
+
+TOLERANCE = 1e-2  # far above rounding in float32, far below what a layer read wrongly does
 
 _UNFOLDED = {
     StandardizeInput: "standardizes by what comes in",
@@ -26,7 +29,8 @@ class FoldReport:
     Attributes:
         gone: names of layers that are no more: folded, or nothing at inference.
         kept: names of factors, shifts and statistics that no kernel could take, with the reason.
-        difference: largest difference of the outputs on random inputs, relative to the largest output.
+        difference: largest difference of the outputs on random inputs, relative to the largest output; NaN where the
+            outputs do not depend on the inputs and so show nothing (a classifier that starts at zero).
     """
 
     gone: tuple[str, ...]
@@ -49,7 +53,7 @@ def fold(model: keras.Model, portable: bool = True) -> keras.Model:
         A `keras.Model` in float32 of the same outputs in inference, up to rounding. To fold it again changes nothing.
 
     Raises:
-        ValueError: for a model that is no graph of layers.
+        ValueError: for a model that is no graph of layers, or that computes something else when folded.
 
     Example:
         >>> import nfzoo
@@ -62,7 +66,14 @@ def fold(model: keras.Model, portable: bool = True) -> keras.Model:
     plain = emit(graph, model, structure, portable)
     left = {layer.name for layer in plain.layers}
     gone = tuple(layer.name for layer in model.layers if layer.name not in left)
-    plain.fold_report = FoldReport(gone, kept, _difference(model, plain))
+    difference = _difference(model, plain)
+    single = all(layer.compute_dtype == "float32" for layer in model._flatten_layers(include_self=False))
+    if single and difference > TOLERANCE:
+        raise ValueError(
+            f"Expected a model that computes the same when folded. Received: {model.name}, whose outputs change by "
+            f"{difference:.1g} relative; nfzoo reads one of its layers wrongly: please report it"
+        )
+    plain.fold_report = FoldReport(gone, kept, difference)
     return plain
 
 
@@ -103,4 +114,6 @@ def _difference(model: keras.Model, plain: keras.Model) -> float:
         ]
         for net in (model, plain)
     )
+    if not any(np.ptp(y, axis=0).any() for y in first):
+        return math.nan
     return max(float(abs(a - b).max() / max(abs(a).max(), 1e-30)) for a, b in zip(first, second, strict=True))

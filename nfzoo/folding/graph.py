@@ -47,8 +47,15 @@ class Node:
 
     @property
     def activation(self) -> str:
-        """The name of its function."""
-        return getattr(self.function, "__name__", str(self.function))
+        """The name of its function; where that is not Keras' or ours, with the module that it is from."""
+        if isinstance(self.function, str):
+            return self.function
+        name, module = getattr(self.function, "__name__", str(self.function)), self.function.__module__
+        return name if _is_ours(module) else f"{module}.{name}"
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("keras", "nfzoo")
 
 
 class Graph:
@@ -178,10 +185,13 @@ def _node(layer, arguments: tuple, options: dict) -> Any:
     inputs = [x for x in keras.tree.flatten((arguments, options)) if isinstance(x, Node)]
     if _is_graph(layer) and layer.weights:  # a backbone: what is constant in it folds too
         return read(layer, inputs)
+    kept = Node("layer", layer.name, inputs, layer, call=(tuple(arguments), options))
+    if not _is_ours(type(layer).__module__):  # a user's subclass may compute something else
+        return kept
     for kinds, make in _READERS:
         if isinstance(layer, kinds):
-            return make(layer, inputs)
-    return Node("layer", layer.name, inputs, layer, call=(tuple(arguments), options))
+            return make(layer, inputs) or kept
+    return kept
 
 
 def array(x) -> np.ndarray:
@@ -191,7 +201,9 @@ def array(x) -> np.ndarray:
 
 def affine(name: str, x: Node, scale=1.0, shift=0.0) -> Node:
     """scale · x + shift."""
-    return Node("affine", name, [x], scale=np.asarray(scale, "float64"), shift=np.asarray(shift, "float64"))
+    scale, shift = (np.asarray(given, "float64") for given in (scale, shift))
+    scale, shift = (given.reshape(()) if given.size == 1 else given for given in (scale, shift))
+    return Node("affine", name, [x], scale=scale, shift=shift)
 
 
 def _linear(kind: str) -> Callable:
@@ -206,7 +218,9 @@ def _linear(kind: str) -> Callable:
     return make
 
 
-def _normalization(layer, inputs) -> Node:
+def _normalization(layer, inputs) -> Node | None:
+    if layer.axis not in (-1, layer.input_spec.ndim - 1):
+        return None
     scale = 1 / np.sqrt(array(layer.moving_variance) + layer.epsilon)
     scale = scale * array(layer.gamma) if layer.scale else scale
     shift = -array(layer.moving_mean) * scale
@@ -234,9 +248,9 @@ def _centering(layer, inputs) -> Node:
     return affine(layer.name, inputs[0], 1.0, array(layer.bias) * (1 - 0.99 * learning) - array(layer.moving_mean))
 
 
-def _rescaling(layer, inputs) -> Node:
+def _rescaling(layer, inputs) -> Node | None:
     if max(np.ndim(layer.scale), np.ndim(layer.offset)) > 1:  # another factor at each position
-        return Node("layer", layer.name, inputs, layer, call=((inputs[0],), {}))
+        return None
     return affine(layer.name, inputs[0], layer.scale, layer.offset)
 
 
@@ -245,7 +259,7 @@ def _compensation(layer, inputs) -> Node:
     factors = layer.factors()
     if np.ptp(factors) < 1e-6:
         return affine(layer.name, inputs[0], factors.flat[0])
-    return Node("layer", layer.name, inputs[:1], layer, call=((inputs[0],), {}))
+    return Node("layer", layer.name, inputs[:1], layer, call=((inputs[0],), {}))  # the second input gave but its size
 
 
 def _scaled_activation(layer, inputs) -> Node:
@@ -253,21 +267,22 @@ def _scaled_activation(layer, inputs) -> Node:
     return affine(f"{layer.name}_scale", activation, layer.scale)
 
 
-def _relu(layer, inputs) -> Node:
+def _relu(layer, inputs) -> Node | None:
     known = {None: keras.activations.relu, 6: keras.activations.relu6}
     if layer.negative_slope or layer.threshold or layer.max_value not in known:
-        return Node("layer", layer.name, inputs, layer, call=((inputs[0],), {}))
+        return None
     return Node("act", layer.name, inputs, function=known[layer.max_value])
 
 
-def _given_normalization(layer, inputs) -> Node:
+def _given_normalization(layer, inputs) -> Node | None:
     if layer.axis not in ((), (-1,), (len(layer.input.shape) - 1,)):
-        return Node("layer", layer.name, inputs, layer, call=((inputs[0],), {}))
+        return None
     mean, deviation = array(layer.mean).ravel(), np.sqrt(array(layer.variance).ravel())
     scale = np.maximum(deviation, keras.config.epsilon())
     return affine(layer.name, inputs[0], scale if layer.invert else 1 / scale, mean if layer.invert else -mean / scale)
 
 
+# From layers to nodes; None where a layer is kept as it is.
 _READERS: list[tuple] = [
     (DROPPED, lambda layer, inputs: inputs[0]),
     (layers.DepthwiseConv2D, _linear("depthwise")),
