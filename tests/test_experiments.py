@@ -135,7 +135,7 @@ def test_published_profiles_are_within_the_tolerance(name):
 def test_documented_tables_are_those_of_the_measurements(name, tmp_path, monkeypatch):
     measured = signals.signals_of(name)
     monkeypatch.setattr(signals, "RESULTS", tmp_path)
-    documented = (TRAINING.parent / "docs" / "signal_propagation.md").read_text()
+    documented = "".join(path.read_text() for path in (TRAINING.parent / "docs").glob("*.md"))
     assert signals.EXPERIMENTS[name].tables(measured) in documented
 
 

@@ -51,7 +51,7 @@ def test_an_artefact_is_reloaded_by_its_runtime_alone_and_entered_into_the_manif
 def test_an_artefact_that_differs_is_not_kept(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="difference"):
-        export.export(run, tmp_path / "zoo" / "nf")
+        export.export(run, tmp_path / "zoo" / "nf.onnx")
     assert not list((tmp_path / "zoo").iterdir())
 
 

@@ -32,9 +32,10 @@ def by_batch(rows: list[Row], results: pd.DataFrame):
     named = results.assign(
         variant=results.row.str.split(", ").str[0], batch=results.row.str.split().str[-1].astype(int)
     )
-    made = new_figure(5.2, 3.4)
+    made = new_figure(5.6, 3.2)
     ax = made.subplots()
-    for colour, variant in zip(COLOURS, dict.fromkeys(row.name.split(", ")[0] for row in rows), strict=False):
+    variants = [name for name in dict.fromkeys(row.name.split(", ")[0] for row in rows) if name in set(named.variant)]
+    for colour, variant in zip(COLOURS, variants, strict=False):
         accuracy = 100 * named[named.variant == variant].groupby("batch").test_accuracy.agg(["mean", "std"])
         ax.errorbar(
             accuracy.index, accuracy["mean"], accuracy["std"], color=colour, marker="o", markersize=4, capsize=3,
@@ -46,7 +47,7 @@ def by_batch(rows: list[Row], results: pd.DataFrame):
     ax.minorticks_off()
     ax.set_xlabel("batch size, the same examples seen in all")
     ax.set_ylabel("test accuracy, %")
-    ax.legend()
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return made
 
 

@@ -77,7 +77,7 @@ def export(
             "Expected fold=True for a .keras file, which has to load without nfzoo. Received: fold=False and a "
             f"{foreign}; model.save(path) writes the network as it is"
         )
-    if isinstance(found.model.output, list | dict | tuple):
+    if len(found.model.outputs) > 1:
         raise ValueError(
             f"Expected a model of one output. Received: {found.model.name} with {len(found.model.outputs)}"
         )

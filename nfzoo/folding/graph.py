@@ -48,8 +48,8 @@ class Node:
     @property
     def activation(self) -> str:
         """The name of its function; where that is not Keras' or ours, with the module that it is from."""
-        if isinstance(self.function, str):
-            return self.function
+        if not callable(self.function):
+            return str(self.function)
         name, module = getattr(self.function, "__name__", str(self.function)), self.function.__module__
         return name if _is_ours(module) else f"{module}.{name}"
 
