@@ -26,9 +26,12 @@ def _scatter(model):
         if "seed_generator" in v.path:
             continue
         if len(v.shape) < 2:
-            v.assign(rng.uniform(0.5, 1.5, v.shape) if "count" not in v.path else 8.0)
+            added = v.path.endswith(("bias", "beta", "mean"))  # not so much that the image is lost under it
+            v.assign(8.0 if "count" in v.path else rng.uniform(0.5, 1.5, v.shape) - added)
         else:
-            v.assign(rng.normal(0, 1 / np.sqrt(np.prod(v.shape[:-1])), v.shape))
+            depthwise = len(v.shape) == 4 and v.shape[-1] == 1  # a channel has its own taps alone
+            fan_in = np.prod(v.shape[:2] if depthwise else v.shape[:-1])
+            v.assign(rng.normal(0, fan_in**-0.5, v.shape))
 
 
 def _outputs(model, x):
@@ -40,7 +43,7 @@ def _assert_same(model, plain, size=None):
     x = np.random.default_rng(1).standard_normal((3, *shape)).astype("float32")
     for a, b in zip(_outputs(model, x), _outputs(plain, x), strict=True):
         assert abs(a - b).max() <= 1e-4 * abs(a).max()
-        assert a.std() > 1e-3 * abs(a).max()  # and is no constant
+        assert abs(a - b).max() < 0.2 * np.ptp(a, axis=0).max()  # of what depends on the image, too
 
 
 def _assert_folded(model):
