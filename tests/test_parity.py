@@ -103,6 +103,6 @@ def test_keras_applications_logits(name, shape, classes):
     # EfficientNets divide by 255 themselves, and with no weights their normalization is the identity.
     expected = np.asarray(theirs(images))
     got = np.asarray(ours(images / 255 if efficient else images))
-    # Raw pixels give logits of 40 here: the bound for ResNets is relative.
+    # Large networks and raw pixels give logits of 25 to 40 here: the bound is relative.
     assert expected.std() > 1e-3
-    assert np.abs(expected - got).max() < 1e-5 * (1 if efficient else np.abs(expected).max())
+    assert np.abs(expected - got).max() < 1e-5 * max(1, np.abs(expected).max())
