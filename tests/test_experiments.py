@@ -222,6 +222,20 @@ def test_a_contest_is_decided_on_validation_and_tested_last(results, contest, mo
     assert "| tanh | 0.001 | 35.0 |  |  |" in gap.markdown("tiny", table)
 
 
+def test_a_final_that_diverged_is_a_result(results, contest, monkeypatch):
+    def train(budget, stage, row, seed, *_):
+        lost = stage == "final" and (row.name, seed) == ("selu", 1)
+        status = "diverged" if lost else "complete"
+        return {"budget": budget, "stage": stage, **_trained(row, seed, status=status, val_accuracy=len(row.name) / 10)}
+
+    read = []
+    monkeypatch.setattr(gap, "train", train)
+    monkeypatch.setattr(engine, "evaluate", lambda folder: read.append(folder) or {"accuracy": 0.5, "loss": 1.0})
+    gap.main("tiny", runs=results)
+    assert len(read) == 3
+    assert "| 50.0 ± nan, 1 diverged | +0.0 |" in gap.markdown("tiny", pd.read_csv(results / "gap.csv"))
+
+
 @pytest.mark.slow
 def test_a_contest_trains_and_tests(results, contest):
     gap.main("tiny", runs=results / "runs")

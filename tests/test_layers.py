@@ -241,6 +241,15 @@ def test_fast_convolutions_are_keras_ones_in_every_precision_and_compiled(dtype,
         _assert_like_keras(ours, theirs, x, rtol, jit)
 
 
+def test_channels_first_is_refused():
+    for kind in (layers.Conv2D, layers.ScaledStdConv2D):
+        with pytest.raises(ValueError, match="channels_last.*'channels_first'"):
+            kind(4, 3, data_format="channels_first")
+    for kind in (layers.DepthwiseConv2D, layers.ScaledStdDepthwiseConv2D):
+        with pytest.raises(ValueError, match="channels_last.*'channels_first'"):
+            kind(3, data_format="channels_first")
+
+
 def test_pointwise_convolution_is_keras_one_also_with_strides_and_without_a_fixed_size():
     x = np.random.default_rng(0).standard_normal((3, 5, 4, 6)).astype("float32")
     for strides in (1, 2):

@@ -72,11 +72,11 @@ def due(contest: Contest, results: pd.DataFrame) -> Iterator[tuple[str, Row, int
 
 
 def unread(contest: Contest, results: pd.DataFrame) -> list[tuple[Row, int]]:
-    """Finals that are trained, all of them, and not tested."""
+    """Finals that are trained, all of them, and not tested; what diverged left nothing to test."""
     if any(due(contest, results)):
         return []
-    runs = [(row, seed) for row in finals(contest, results) for seed in contest.seeds]
-    return [(row, seed) for row, seed in runs if lines(results, row, seed).test_accuracy.isna().all()]
+    runs = [(row, seed, lines(results, row, seed)) for row in finals(contest, results) for seed in contest.seeds]
+    return [(row, seed) for row, seed, at in runs if at.test_accuracy.isna().all() and (at.status == "complete").all()]
 
 
 def train(budget: str, stage: str, row: Row, seed: int, data_dir: str | None, runs: pathlib.Path, console) -> dict:
@@ -111,8 +111,9 @@ def markdown(budget: str, results: pd.DataFrame) -> str:
     for name, (rate, validation) in verdicts(contest, results).items():
         cells, got = ["", ""], tested.get(name, pd.Series(dtype=float)).dropna()
         if len(got):
-            cells[0] = f"{got.mean():.1f} ± {got.std():.1f}"
-            cells[1] = ", ".join(f"{x:+.1f}" for x in got - tested[to_beat]) if name != to_beat else ""
+            lost = len(contest.seeds) - len(got)
+            cells[0] = f"{got.mean():.1f} ± {got.std():.1f}" + (f", {lost} diverged" if lost else "")
+            cells[1] = ", ".join(f"{x:+.1f}" for x in (got - tested[to_beat]).dropna()) if name != to_beat else ""
         text.append(f"| {name} | {rate:g} | {100 * validation:.1f} | {' | '.join(cells)} |")
     return "\n".join(text)
 

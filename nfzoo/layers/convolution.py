@@ -51,6 +51,11 @@ def standardize(kernel: Any, axes: Sequence[int], gain: Any = None, epsilon: flo
     return centred * (scale if gain is None else scale * gain)
 
 
+def _check_order(layer: keras.Layer) -> None:
+    if layer.data_format != "channels_last":
+        raise ValueError(f'Expected data_format="channels_last" of {layer.name}. Received: {layer.data_format!r}')
+
+
 @register
 class Conv2D(keras.layers.Conv2D):
     """`keras.layers.Conv2D` as fast as the backend can: grouped ones 29 times, 1 x 1 up to 4 times on a TensorFlow CPU.
@@ -62,6 +67,10 @@ class Conv2D(keras.layers.Conv2D):
         >>> tuple(Conv2D(8, 3, groups=4)(np.ones((1, 5, 5, 4), "float32")).shape)
         (1, 3, 3, 8)
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _check_order(self)
 
     def convolution_op(self, inputs, kernel):
         return backend.conv(inputs, kernel, self.strides, self.padding, self.dilation_rate)
@@ -78,6 +87,10 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         >>> tuple(DepthwiseConv2D(5, padding="same")(np.ones((1, 2, 2, 4), "float32")).shape)
         (1, 2, 2, 4)
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _check_order(self)
 
     def convolution_op(self, inputs, kernel):
         return backend.depthwise_conv(inputs, kernel, self.strides, self.padding, self.dilation_rate)
