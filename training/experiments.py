@@ -42,7 +42,7 @@ class Contest:
 
     rows: list[Row]
     rates: tuple[float, ...] = (3e-4, 1e-3, 2e-3, 4e-3)
-    trial_epochs: int = 6
+    trial_epochs: int = 4
     finalists: int = 6
     seeds: tuple[int, ...] = (868, 67, 472)
 
