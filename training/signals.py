@@ -277,7 +277,8 @@ def eunnet_tables(signals: pd.DataFrame) -> str:
 def keep_blocks(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
     """Outputs of blocks and branches, and the gradients there, at every epoch."""
     log = spp.read(folder)
-    return log[log.kind.isin(("activation", "gradient")) & log.place.isin(("block", "branch"))]
+    kept = log[log.kind.isin(("activation", "gradient")) & log.place.isin(("block", "branch"))]
+    return kept.dropna(axis="columns", how="all")
 
 
 def branch_share(signals: pd.DataFrame) -> pd.DataFrame:
