@@ -11,7 +11,7 @@ from nfzoo.recipes import Data
 FACTS = ("mean", "std", "name")  # what an .npz file may tell of the set it was made from
 _RESIZE = "Resize them: --image-size 160 of nfzoo data and spp, --set data.image_size=160 of train and scan"
 MAX_BYTES = 8 * 2**30
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[s
             (p, label)
             for label, name in enumerate(classes)
             for p in sorted((folder / name).glob("*"))
-            if p.suffix.lower() in _SUFFIXES
+            if p.suffix.lower() in SUFFIXES
         ]
         if not files:
-            kinds = ", ".join(sorted(_SUFFIXES))
+            kinds = ", ".join(sorted(SUFFIXES))
             raise ValueError(f"Expected images ({kinds}) in folders named by class. Received: {folder}, which has none")
         return Split(_stack((_open(p) for p, _ in files), size, str(folder)), np.array([y for _, y in files], np.int32))
 

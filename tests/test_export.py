@@ -173,6 +173,66 @@ def test_preprocessing_can_be_part_of_it(run, tmp_path):
     np.testing.assert_allclose(runtimes.load(to)[0](pixels), expected, atol=1e-4)
 
 
+def _photos(folder):
+    for name in ("china", "flower"):
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(load_sample_image(f"{name}.jpg")).save(folder / name / "1.jpg")
+    return folder
+
+
+def test_a_model_of_ones_own_is_described(tmp_path):
+    """Its card is as good as a run's: `serve-check` needs nothing else."""
+    photos, mean, std = _photos(tmp_path / "photos"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    image = keras.Input((16, 16, 3))
+    logits = keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(image))
+    own = keras.Model(image, logits, name="own")
+    told = {"classes": ["temple", "flower"], "mean": mean, "std": std}
+    for preprocess in (False, True):
+        to = tmp_path / f"own{preprocess}.onnx"
+        entry = export.export(own, to, preprocess=preprocess, images=photos, **told)
+        assert entry["classes"] == told["classes"]
+        (best,) = export.serve_check(to, [photos / "china" / "1.jpg"]).top
+        pixels = np.asarray(Image.open(photos / "china" / "1.jpg").resize((16, 16), Image.Resampling.BILINEAR))
+        z = np.asarray(own(((pixels / 255 - mean) / std)[None].astype("float32")))[0]
+        expected = np.exp(z) / np.exp(z).sum()
+        assert dict(best) == pytest.approx(dict(zip(told["classes"], expected, strict=True)), abs=1e-5)
+
+
+def test_what_describes_a_model_badly_is_refused(run, tmp_path):
+    own = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)], name="own")
+    to = tmp_path / "own.onnx"
+    for match, given in {
+        "2 different names of classes. Received: 1": {"classes": ["a", "a"]},
+        "mean and std > 0": {"mean": (0.5,), "std": (0.0,)},
+        r"mean and std > 0 of every channel. Received: mean=\[0.5\], std=\[\]": {"mean": (0.5,)},
+        "of 3 channels. Received: 2": {"mean": (0.5, 0.5), "std": (1, 1)},
+        "mean and std of own beside": {"images": _photos(tmp_path / "photos")},
+        "folder of images.*nowhere": {"images": tmp_path / "nowhere", "mean": (0,), "std": (1 / 255,)},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            export.export(own, to, **given)
+    with pytest.raises(ValueError, match="whose own are known"):
+        export.export(run, to, mean=(0.5,), std=(1,))
+    with pytest.raises(ValueError, match="has them"):
+        export.export(run, to, classes=["a", "b", "c", "d"])
+
+
+@pytest.mark.slow
+def test_images_of_a_folder_quantize(run, tmp_path):
+    """Calibrated by black images the ranges are those of one input: the network is another."""
+    black = tmp_path / "black"
+    black.mkdir()
+    Image.new("RGB", (32, 32)).save(black / "1.png")
+    whole = engine.load_run(run)
+    found = source.source_of(run, 64)
+    expected = np.asarray(whole(found.images))
+    costs = []
+    for name, images in {"photos": _photos(tmp_path / "photos"), "black": black}.items():
+        export.export(run, tmp_path / f"{name}.tflite", quantize="int8", images=images)
+        costs.append(abs(runtimes.load(tmp_path / f"{name}.tflite")[0](found.images) - expected).mean())
+    assert costs[0] < 0.5 * costs[1]
+
+
 @pytest.mark.slow
 def test_eight_bits(run, tmp_path):
     whole, small = tmp_path / "nf.tflite", tmp_path / "nf8.tflite"

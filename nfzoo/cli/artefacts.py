@@ -23,13 +23,16 @@ def export(
     ] = True,
     preprocess: Annotated[bool, typer.Option("--preprocess", help="take pixels in 0…255 and standardize them")] = False,
     quantize: Annotated[str | None, typer.Option(help="int8: quantize a LiteRT model by real images")] = None,
+    images: Annotated[
+        pathlib.Path | None, typer.Option(help="folder of image files to compare on and to quantize by")
+    ] = None,
 ) -> None:
     """Export a model; the artefact is reloaded by its own runtime and compared on real images first."""
     with quiet_start():
         from nfzoo.export import export
 
     with console.status(f"writing {to}, then reloading it in a process of its own"), quiet_start():
-        entry = export(model, to, format, fold=fold, preprocess=preprocess, quantize=quantize)
+        entry = export(model, to, format, fold=fold, preprocess=preprocess, quantize=quantize, images=images)
     difference = entry["largest_relative_difference"]
     say(f"wrote {to}, reloaded and compared on real images: largest relative difference {difference:.1e}")
     if entry.get("constant_outputs"):

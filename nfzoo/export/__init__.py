@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -32,8 +33,11 @@ def export(
     fold: bool = True,
     preprocess: bool = False,
     quantize: str | None = None,
-    images: np.ndarray | None = None,
+    images: np.ndarray | str | pathlib.Path | None = None,
     examples: int = 16,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> dict:
     """Export a model and enter it into the manifest beside it.
 
@@ -46,9 +50,12 @@ def export(
         fold: see `nfzoo.fold`; weights are never folded.
         preprocess: let the artefact take pixels in [0, 255] and standardize them itself.
         quantize: "int8" quantizes weights and activations of a LiteRT model after training, by real images.
-        images: to compare the artefact on, and to quantize by, as the model takes them; default: test images of a run
-            to compare and training images to quantize, else parts of two photographs.
+        images: to compare the artefact on, and to quantize by: an array as the model takes them, or a folder of image
+            files; default: test images of a run to compare and training images to quantize, else parts of two
+            photographs.
         examples: number of images that are compared.
+        classes: names of the classes, where the model's are not known.
+        mean, std: by channel, of x / 255, of a Keras model of your own; (0,) and (1 / 255,) if it takes pixels.
 
     Returns:
         The manifest entry: sha256, model, input, classes, metrics, largest difference, bytes, latency of one image,
@@ -69,9 +76,9 @@ def export(
         raise ValueError(f'Expected quantize="int8" with litert, or None. Received: {quantize!r} with {name}')
     if to.exists():
         raise FileExistsError(f"Expected a path that does not exist yet. Received: {to}; remove it or choose another.")
-    if images is not None and not len(images):
+    if isinstance(images, np.ndarray) and not len(images):
         raise ValueError("Expected images to compare the artefact on. Received: none")
-    found = source_of(source, CALIBRATION if quantize else examples, images)
+    found = source_of(source, CALIBRATION if quantize else examples, images, classes, mean, std)
     if name == "keras" and not fold and (foreign := _foreign(found.model)):
         raise ValueError(
             "Expected fold=True for a .keras file, which has to load without nfzoo. Received: fold=False and a "

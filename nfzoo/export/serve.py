@@ -1,6 +1,7 @@
 """Try an artefact as its user would: load it, look at its signature, show it an image."""
 
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,15 +48,16 @@ def serve_check(path: str | pathlib.Path, images: list[str | pathlib.Path] = (),
     ((_, given),) = signature["inputs"].items()
     if len(given["shape"]) != 4:
         raise ValueError(f"Expected an artefact that takes images. Received: {path}, which takes {given['shape']}")
-    x = np.stack([_read(image, given["shape"][1:]) for image in images])
-    x = _standardized(x, card.get("input", {})).astype("float32")
+    x = np.stack([read_image(image, given["shape"][1:]) for image in images])
+    x = standardized(x, card.get("input", {})).astype("float32")
     logits = np.concatenate([run(one[None]) for one in x])
     names = card.get("classes") or [str(n) for n in range(logits.shape[-1])]
     best = [[(names[n], float(row[n])) for n in np.argsort(-row)[:top]] for row in _probabilities(logits)]
     return Served(signature, card, best, 1000 * runtimes.timed(run, x[:1]))
 
 
-def _read(path: str | pathlib.Path, shape: list) -> np.ndarray:
+def read_image(path: str | pathlib.Path, shape: Sequence[int | None]) -> np.ndarray:
+    """An image file, resized to (height, width, channels), pixels in [0, 255]; 224 x 224 where a size is open."""
     from PIL import Image, UnidentifiedImageError
 
     height, width, channels = (side or default for side, default in zip(shape, (224, 224, 3), strict=True))
@@ -67,7 +69,8 @@ def _read(path: str | pathlib.Path, shape: list) -> np.ndarray:
         raise OSError(f"Expected an image. Received: {path}, which cannot be read as one") from None
 
 
-def _standardized(x: np.ndarray, known: dict) -> np.ndarray:
+def standardized(x: np.ndarray, known: dict) -> np.ndarray:
+    """Pixels as a model takes them whose card has `known` as its input."""
     if known.get("of") != "x / 255":  # pixels are what it takes
         return x
     return (x / 255 - np.asarray(known["mean"])) / np.asarray(known["std"])

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import keras
@@ -9,6 +10,8 @@ import numpy as np
 from keras import layers
 
 from nfzoo import data, engine, recipes, registry, weights
+from nfzoo.export.serve import read_image, standardized
+from nfzoo.sources import SUFFIXES
 
 LICENCE = "Apache-2.0"  # of what is trained with nfzoo
 
@@ -29,21 +32,64 @@ class Source:
     card: dict = field(default_factory=dict)
 
 
-def source_of(given: keras.Model | str | pathlib.Path, examples: int, images: np.ndarray | None = None) -> Source:
+def source_of(
+    given: keras.Model | str | pathlib.Path,
+    examples: int,
+    images: np.ndarray | str | pathlib.Path | None = None,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Source:
     """Find a model.
 
     Args:
         given: the folder of a run, a name of the zoo ("sn_efficientnet_b0.cifar100"), or a model.
         examples: number of images of each kind at most: test and training images of a run, else parts of two
             photographs.
-        images: these instead, as the model takes them.
+        images: these instead, as the model takes them, or a folder of image files.
+        classes, mean, std: what is not known of the model: names of classes; by channel, of x / 255.
 
     Raises:
         FileNotFoundError, ValueError: for anything else.
     """
-    source = _found(given, examples)
+    source = _found(given, examples, _stated(mean, std))
+    if classes is not None:
+        source = replace(source, card=_with_classes(source, list(classes)))
     source = replace(source, model=_in_float32(source.model))
-    return source if images is None else replace(source, images=images[:examples], calibration=images[:examples])
+    if images is None:
+        return source
+    x = images[:examples] if isinstance(images, np.ndarray) else _files(pathlib.Path(images), source, examples)
+    return replace(source, images=x, calibration=x)
+
+
+def _stated(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict:
+    if mean is None and std is None:
+        return {}
+    mean, std = (np.ravel(value).tolist() if value is not None else [] for value in (mean, std))
+    if len(mean) != len(std) or not np.all(np.isfinite(mean + std)) or min(std) <= 0:
+        raise ValueError(f"Expected mean and std > 0 of every channel. Received: mean={mean}, std={std}")
+    return {"input": {"mean": mean, "std": std}}
+
+
+def _with_classes(source: Source, classes: list[str]) -> dict:
+    n = source.model.output_shape[-1]
+    if "classes" in source.card:
+        raise ValueError(f"Expected classes only where they are not known. Received: {source.card['model']} has them")
+    if len(classes) != n or len(set(classes)) != n:
+        raise ValueError(f"Expected {n} different names of classes. Received: {len(set(classes))}")
+    return {**source.card, "classes": classes}
+
+
+def _files(folder: pathlib.Path, source: Source, n: int) -> np.ndarray:
+    """Image files of a folder and the folders in it, as the model takes them; `n` of them, evenly chosen."""
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"Expected a folder of images ({', '.join(sorted(SUFFIXES))}). Received: {folder}")
+    if "input" not in source.card:
+        raise ValueError(f"Expected mean and std of {source.model.name} beside a folder of images. Received: neither")
+    chosen = [found[i] for i in np.linspace(0, len(found) - 1, min(n, len(found))).astype(int)]
+    x = np.stack([read_image(path, source.model.input_shape[1:]) for path in chosen])
+    return standardized(x, source.card["input"]).astype("float32")
 
 
 def _in_float32(model: keras.Model) -> keras.Model:
@@ -59,9 +105,11 @@ def _in_float32(model: keras.Model) -> keras.Model:
     return twin
 
 
-def _found(given: keras.Model | str | pathlib.Path, examples: int) -> Source:
+def _found(given: keras.Model | str | pathlib.Path, examples: int, stated: dict) -> Source:
     if isinstance(given, keras.Model):
-        return _of_model(given, {"model": given.name}, examples)
+        return _of_model(given, {"model": given.name, **stated}, examples)
+    if stated:
+        raise ValueError(f"Expected mean and std of a Keras model alone. Received: {given}, whose own are known")
     if pathlib.Path(given).is_dir() or _is_path(str(given)):
         return _of_run(pathlib.Path(given), examples)
     name, _, tag = str(given).partition(".")
@@ -107,8 +155,10 @@ def _of_model(model: keras.Model, card: dict, examples: int) -> Source:
     x = _photographs(size, shape[-1], min(examples, 64))
     constants = card.get("input", registry.PREPROCESSING)
     mean, std = (np.asarray(constants[key]) for key in ("mean", "std"))
-    if len(mean) != shape[-1]:  # grey images, and the constants of colours
+    if shape[-1] == 1:  # grey images, and perhaps the constants of colours
         mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
+    if len(mean) not in (1, shape[-1]):
+        raise ValueError(f"Expected mean and std of {shape[-1]} channels. Received: {len(mean)}")
     x = (x - mean) / std
     if "input" in card:
         known = {"mean": mean.tolist(), "std": std.tolist(), "shape": [None, *shape], "of": "x / 255"}
@@ -143,7 +193,7 @@ def with_preprocessing(source: Source) -> Source:
     if known is None:
         raise ValueError(
             "Expected a run or a model of the zoo for preprocess=True, whose mean and deviation are known. Received: "
-            f"the model {source.model.name}; put a keras.layers.Rescaling before it"
+            f"the model {source.model.name}; give its mean= and std= (of x / 255)"
         )
     mean, std = np.asarray(known["mean"]), np.asarray(known["std"])
     raw = keras.Input(source.model.input_shape[1:], name="pixels")
