@@ -161,6 +161,29 @@ def test_a_backbone_within_a_model_folds_too():
     _assert_same(twice, fold(twice))
 
 
+def test_inputs_keep_their_structure():
+    given = {name: keras.Input((8, 8, 3), name=name) for name in ("left", "right")}
+    x = layers.BatchNormalization()(layers.Conv2D(4, 3)(layers.Subtract()([given["left"], given["right"]])))
+    model = keras.Model(given, layers.GlobalAveragePooling2D()(x))
+    model.set_weights([w + np.linspace(0.5, 1.5, w.size).reshape(w.shape) for w in model.get_weights()])
+    rng = np.random.default_rng(0)
+    x = {name: rng.standard_normal((2, 8, 8, 3)).astype("float32") for name in reversed(given)}
+    plain = nfzoo.fold(model)
+    assert len(plain.layers) == len(model.layers) - 1
+    np.testing.assert_allclose(np.asarray(plain(x)), np.asarray(model(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_functions_of_a_user_stay():
+    """Of a lambda too, which Keras would not read from a file."""
+    factor = 3.0
+    own = layers.Lambda(lambda x, power: factor * x**power, arguments={"power": 2}, name="own")
+    model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(4, 3), layers.BatchNormalization(), own])
+    plain = nfzoo.fold(model)
+    assert [layer.name for layer in plain.layers[2:]] == ["own"]
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype("float32")
+    np.testing.assert_allclose(np.asarray(plain(x)), np.asarray(model(x)), rtol=1e-4, atol=1e-5)
+
+
 def test_half_precision_folds_to_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from nfzoo.folding.emit import emit
+from nfzoo.folding.emit import emit, inputs_of
 from nfzoo.folding.graph import LINEAR, Graph, Node, read
 from nfzoo.folding.rules import simplify
 from nfzoo.layers import CompensatePadding, StandardizeInput
@@ -105,13 +105,13 @@ def _reason(graph: Graph, node: Node) -> str:
 
 def _difference(model: keras.Model, plain: keras.Model) -> float:
     rng = np.random.default_rng(0)
-    shapes = [[2, *(side or 64 for side in tensor.shape[1:])] for tensor in model.inputs]
-    x = [rng.standard_normal(shape).astype("float32") for shape in shapes]
+
+    def drawn(tensor) -> np.ndarray:
+        return rng.standard_normal([2, *(side or 64 for side in tensor.shape[1:])]).astype("float32")
+
+    x = keras.tree.map_structure(drawn, inputs_of(model))
     first, second = (
-        [
-            np.asarray(keras.ops.convert_to_numpy(y), "float32")
-            for y in keras.tree.flatten(net(x if len(x) > 1 else x[0]))
-        ]
+        [np.asarray(keras.ops.convert_to_numpy(y), "float32") for y in keras.tree.flatten(net(x))]
         for net in (model, plain)
     )
     if not any(np.ptp(y, axis=0).any() for y in first):

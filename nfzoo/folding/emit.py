@@ -15,7 +15,7 @@ def emit(graph: Graph, model: keras.Model, structure, portable: bool) -> keras.M
     """Build the model in float32; layers have the names of those they came from.
 
     Args:
-        model: what the graph was read from; the result has its name and the order of its inputs.
+        model: what the graph was read from; the result has its name and the structure of its inputs.
         structure: in which the outputs come, e.g. a dict.
         portable: whether nothing but Keras' own layers may be used.
     """
@@ -34,9 +34,14 @@ def emit(graph: Graph, model: keras.Model, structure, portable: bool) -> keras.M
             else:
                 tensors[node] = _EMIT[node.kind](node, sources)
         twins = {id(node.call[1]["tensor"]): tensor for node, tensor in tensors.items() if node.kind == "input"}
-        inputs = [twins[id(tensor)] for tensor in model.inputs]
+        inputs = keras.tree.map_structure(lambda tensor: twins[id(tensor)], inputs_of(model))
         outputs = keras.tree.pack_sequence_as(structure, [tensors[node] for node in graph.outputs])
-        return keras.Model(inputs[0] if len(inputs) == 1 else inputs, outputs, name=model.name)
+        return keras.Model(inputs, outputs, name=model.name)
+
+
+def inputs_of(model: keras.Model):
+    """The symbolic inputs in their structure, e.g. a dict."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
 
 
 @contextmanager
@@ -122,7 +127,10 @@ def _kept(node: Node, tensors: dict):
         lambda x: next(given) if isinstance(x, Node) else x, (arguments, options)
     )
     policy = {"dtype": "float32"} if isinstance(layer, keras.Layer) else {}
-    twin = type(layer).from_config({**layer.get_config(), **policy})
+    if isinstance(layer, layers.Lambda):  # whose function is here: it need not go through a configuration
+        twin = layers.Lambda(layer.function, arguments=layer.arguments, **policy)
+    else:
+        twin = type(layer).from_config({**layer.get_config(), **policy})
     twin.name = node.name  # that of a layer which is called twice is taken
     y = twin(*arguments, **options)
     if isinstance(layer, keras.Layer):
