@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+from collections import Counter
 
 import keras
 import numpy as np
@@ -19,6 +20,7 @@ if not TRAINING.exists():
 sys.path.insert(0, str(TRAINING))
 import experiments  # noqa: E402
 import gap  # noqa: E402
+import profiles  # noqa: E402
 import reproduce  # noqa: E402
 import signals  # noqa: E402
 
@@ -244,3 +246,24 @@ def test_a_contest_trains_and_tests(results, contest):
     assert table[table.stage == "trial"].test_accuracy.isna().all()
     assert table[table.stage == "final"].test_accuracy.between(0, 1).all()
     assert len(list((results / "runs" / "tiny").glob("*/model.keras"))) == 4
+
+
+# ---------------------------------------------------------------- where time goes
+def test_a_profile_finds_the_operations_of_a_step():
+    import tensorflow as tf
+
+    x, kernel = tf.ones((4, 16, 16, 8)), tf.Variable(tf.ones((3, 3, 8, 8)))
+
+    @tf.function(jit_compile=False)
+    def step():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.nn.conv2d(x, kernel, 1, "SAME"))
+        return tape.gradient(loss, kernel)
+
+    step()
+    kinds = Counter()
+    for operation, milliseconds in profiles.operations(step, repeats=3).items():
+        kinds[profiles.kind_of(operation)] += milliseconds
+    assert kinds["convolutions"] > 0 and kinds["convolutions, gradients"] > 0
+    assert not kinds["depthwise convolutions"] and not kinds["matrix products: 1 x 1 convolutions"]
+    assert profiles.kind_of("_MklNativeDepthwiseConv2dNativeBackpropFilter") == "depthwise convolutions, gradients"

@@ -56,6 +56,12 @@ def _branches() -> str:
     return signals.gap_tables(signals.signals_of("gap"))
 
 
+def _profiles() -> str:
+    import profiles
+
+    return profiles.markdown(pd.read_csv(RESULTS / "profiles.csv"))
+
+
 def _memory() -> str:
     """Counted by `nfzoo.memory`, and the peak of the process that trains."""
     from nfzoo import memory, registry
@@ -106,6 +112,7 @@ TABLES = {
     "int8": _int8,
     "latency": _races("(latency|exported)_.*"),
     "memory": _memory,
+    "profiles": _profiles,
     "small_batches": _small_batches,
     **{f"models_{family}": _models(family) for family in ("efficientnet", "resnet", "nfnet", "regnet", "ffnn")},
     "training": _races("nfnet_f0|nf_resnet50|efficientnet_b0_32px|.*_against_bn|agc|input_pipeline_.*"),
