@@ -257,7 +257,7 @@ def test_a_profile_finds_the_operations_of_a_step():
     @tf.function(jit_compile=False)
     def step():
         with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(tf.nn.conv2d(x, kernel, 1, "SAME"))
+            loss = tf.reduce_sum(tf.nn.conv2d(x, kernel, 1, "SAME") ** 2)
         return tape.gradient(loss, kernel)
 
     step()
