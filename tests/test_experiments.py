@@ -18,6 +18,7 @@ TRAINING = pathlib.Path(__file__).parents[1] / "training"
 if not TRAINING.exists():
     pytest.skip("training/ is not installed", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
+import benchmark  # noqa: E402
 import experiments  # noqa: E402
 import gap  # noqa: E402
 import profiles  # noqa: E402
@@ -248,7 +249,16 @@ def test_a_contest_trains_and_tests(results, contest):
     assert len(list((results / "runs" / "tiny").glob("*/model.keras"))) == 4
 
 
-# ---------------------------------------------------------------- where time goes
+# ---------------------------------------------------------------- races, and where time goes
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_races_on_a_gpu_runs_on_a_cpu(monkeypatch, precision):
+    case = benchmark.Case("jax:nf_test_resnet", 32, 4, {"nfzoo:nf_test_resnet": None}, classes=5, precision=precision)
+    monkeypatch.setitem(benchmark.CASES, "tiny", case)
+    (row,) = benchmark.race("tiny", rounds=2, least=1)
+    assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"] and row["our_peak_mb"] > 50
+
+
 def test_a_profile_finds_the_operations_of_a_step():
     import tensorflow as tf
 

@@ -1,7 +1,8 @@
 """Time nfzoo against its peers, training and inference, and what watching and feeding cost, and print the ratios.
 
-    python training/benchmark.py            # every case whose peers are installed
+    python training/benchmark.py            # every case whose peers are installed; those of a GPU where there is one
     python training/benchmark.py --list
+    KERAS_BACKEND=jax python training/benchmark.py $(python training/benchmark.py --list | grep -o "^gpu_[a-z0-9_]*")
 
 Each contestant is a process of its own with all cores; the processes take turns, a few steps each, so that both see the
 same machine. A ratio is nfzoo's time over the peer's, the median over the rounds: below 1 nfzoo is faster. Rows are
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from contestants import PACKAGES
+from contestants import ENVIRONMENTS, PACKAGES
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +42,7 @@ class Case:
             same dialect as the peers, so that all do the same work.
         peers: contestant → the largest ratio to it that we accept, or None.
         options: of `nfzoo.build`.
+        precision: "float32" (GPUs multiply in TF32, everybody's) or "bfloat16" (mixed); of the contestants of a GPU.
     """
 
     ours: str
@@ -48,6 +51,7 @@ class Case:
     peers: dict[str, float | None]
     options: dict = field(default_factory=dict)
     classes: int = 1000
+    precision: str = "float32"
 
 
 _TIMM = {"dialect": "timm"}
@@ -120,7 +124,19 @@ BEGINNINGS = {
     ),
     "build_nfnet_f0": Case("build:dm_nfnet_f0", 192, 1, {"kecam_build:nfnets.NFNetF0": None}),
 }  # fmt: skip
-CASES = {**TRAINING, **INFERENCE, **BEGINNINGS}
+# Training steps on one GPU: nfzoo on JAX, timm in PyTorch as it is and compiled.
+GPU = {
+    f"gpu_{model}_{precision}": Case(
+        f"jax:{model}", size, 128, {f"timm:{timm}": None, f"timm_compiled:{timm}": None}, options, precision=precision
+    )
+    for precision in ("float32", "bfloat16")
+    for model, size, timm, options in (
+        ("dm_nfnet_f0", 192, "dm_nfnet_f0", _F0),
+        ("nf_resnet50", 224, "nf_resnet50", _TIMM),
+        *((f"{variant}_{_B0}", 224, f"tf_{_B0}", {}) for variant in ("bn", "nf", "sn")),
+    )
+}
+CASES = {**TRAINING, **INFERENCE, **BEGINNINGS, **GPU}
 
 
 # ---------------------------------------------------------------- the race
@@ -130,7 +146,7 @@ class Contestant:
     def __init__(self, case: Case, name: str):
         work = pathlib.Path(__file__).with_name("contestants.py")
         command = [sys.executable, str(work), json.dumps(dataclasses.asdict(case)), name]
-        quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **ENVIRONMENTS.get(name.split(":")[0], {})}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.name, self.process = name, subprocess.Popen(command, text=True, env=quiet, **pipes)
         self.build_seconds, self.seconds, self.steps = self._read(), [], 1
@@ -215,7 +231,7 @@ def main(
     heads = ("case", "peer", "ratio", "min … max", "at most", "nfzoo ms", "peer ms", "nfzoo MB", "peer MB")
     view = Table(*heads, title="nfzoo over peer")
     rows = []
-    for name in cases or CASES:
+    for name in cases or (case for case in CASES if case not in GPU or shutil.which("nvidia-smi")):
         absent = [peer for peer in CASES[name].peers if not installed(peer)]
         if absent:
             console.print(f"{name}: {', '.join(absent)} not installed: left out")

@@ -93,23 +93,6 @@ def keras_step(name: str, case, images, labels):
     return lambda: model.train_on_batch(images, labels)
 
 
-def timm_step(name: str, case, images, labels):
-    import timm
-    import torch
-
-    model = timm.create_model(name, num_classes=case.classes).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    y = torch.from_numpy(labels).long()
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
-
-
 def kecam_step(name: str, case, images, labels):
     """keras_cv_attention_models: the last Keras of TensorFlow's own."""
     model = _kecam(name, case, images)  # which chooses the Keras of the process
@@ -136,6 +119,46 @@ def agc_step(name: str, case, images, labels):
     model = _nfzoo_model(name, case, images)
     model.compile(model.optimizer, model.loss, agc=nfzoo.AGC(0.01))
     return lambda: model.train_on_batch(images, labels)
+
+
+# ---------------------------------------------------------------- training, on a GPU where there is one
+def jax_step(name: str, case, images, labels):
+    """A training step on JAX; the images are on the device before."""
+    import jax
+    import keras
+
+    keras.config.set_dtype_policy("float32" if case.precision == "float32" else f"mixed_{case.precision}")
+    model, x, y = _nfzoo_model(name, case, images), jax.device_put(images), jax.device_put(labels)
+    return lambda: model.train_on_batch(x, y)
+
+
+def timm_compiled_step(name: str, case, images, labels):
+    import torch
+
+    return timm_step(name, case, images, labels, torch.compile)
+
+
+def timm_step(name: str, case, images, labels, prepared=lambda model: model):
+    import timm
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as XLA does
+    torch.backends.cudnn.benchmark = True
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = timm.create_model(name, num_classes=case.classes).to(device, memory_format=torch.channels_last).train()
+    optimizer, call = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), prepared(model)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).contiguous(memory_format=torch.channels_last)
+    y = torch.from_numpy(labels).long().to(device)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=case.precision == "bfloat16"):
+            loss = torch.nn.functional.cross_entropy(call(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.item()  # Keras reports the loss of every step, too
+
+    return step
 
 
 # ---------------------------------------------------------------- inference
@@ -231,7 +254,8 @@ def kecam_build(name: str, case, images, labels):
 
 CONTESTANTS = {
     "nfzoo": nfzoo_step, "probe": probe_step, "full_probe": full_probe_step, "live": live_step, "agc": agc_step,
-    "batches": batches_step, "keras.applications": keras_step, "timm": timm_step,
+    "batches": batches_step, "keras.applications": keras_step, "jax": jax_step,
+    "timm": timm_step, "timm_compiled": timm_compiled_step,
     "infer": infer, "folded": folded, "portable": portable, "saved_model": _exported(""),
     "litert": _exported(".tflite"), "onnx": _exported(".onnx"), "keras_infer": keras_infer, "timm_infer": timm_infer,
     "kecam": kecam_step, "kecam_infer": kecam_infer, "import": imported, "build": build, "keras_build": keras_build,
@@ -239,14 +263,21 @@ CONTESTANTS = {
 }  # fmt: skip
 # Beside what nfzoo needs.
 PACKAGES = {
-    "timm": ("torch", "timm"), "timm_infer": ("torch", "timm"), "litert": ("ai_edge_litert",),
-    "onnx": ("onnx", "onnxruntime"),
+    "litert": ("ai_edge_litert",), "onnx": ("onnx", "onnxruntime"), "jax": ("jax",),
+    **dict.fromkeys(("timm", "timm_infer", "timm_compiled"), ("torch", "timm")),
     **dict.fromkeys(("kecam", "kecam_infer", "kecam_build"), ("keras_cv_attention_models", "tf_keras")),
 }  # fmt: skip
 
+# Of their processes. On a GPU JAX would take three quarters of the memory, and leave the others none.
+ENVIRONMENTS = {"jax": {"KERAS_BACKEND": "jax", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}}
+
 
 def peak_mb() -> float:
-    """The largest resident memory of this process (Linux)."""
+    """The most memory of a GPU that this process had, or where it uses none, of the machine (Linux)."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated() / 2**20
+    if "jax" in sys.modules and (statistics := sys.modules["jax"].devices()[0].memory_stats()):
+        return statistics["peak_bytes_in_use"] / 2**20
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
