@@ -187,6 +187,7 @@ def race(case_name: str, rounds: int, least: int) -> list[dict]:
         contestants = []
         for name in (ours_name, *(peer for peer in case.peers if installed(peer))):
             contestants.append(Contestant(case, name))
+            stack.enter_context(contestants[-1].process)  # which waits, and closes its pipes
             stack.callback(contestants[-1].process.kill)
             contestants[-1].warm_up(least)
         for _ in range(rounds):
