@@ -274,6 +274,9 @@ def eunnet_tables(signals: pd.DataFrame) -> str:
 
 
 # ------------------------------------------------------------ residual branches, docs/closing-the-gap.md
+SIDE_BY_SIDE = ("BN", "SN, MP", "NF, AGC 0.01")
+
+
 def keep_blocks(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
     """Outputs of blocks and branches, and the gradients there, at every epoch."""
     log = spp.read(folder)
@@ -298,7 +301,11 @@ def branch_share(signals: pd.DataFrame) -> pd.DataFrame:
 
 
 def gap_figures(signals: pd.DataFrame) -> dict[str, Figure]:
-    return {"gap_branches": pictures.branches(branch_share(signals))}
+    shown = {name: log for name, log in split(signals).items() if name in SIDE_BY_SIDE}
+    return {
+        "gap_branches": pictures.branches(branch_share(signals)),
+        "gap_signals": plots.signal_propagation(shown),
+    }
 
 
 def gap_tables(signals: pd.DataFrame) -> str:
