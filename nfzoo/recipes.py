@@ -140,6 +140,20 @@ RECIPES: dict[str, Recipe] = {
     "rescale": _with(_EUNNET, groups=(NO_DECAY,)),
     # The same protocol, but the learning rate is halved every 5 epochs from mid-training on: from epoch 100, we read.
     "skipinit": _EUNNET.model_copy(update={"schedule": Schedule(name="halving", start=100, every=5)}),
+    # Ours, from no paper: what is usual today for images of 32 pixels. An EfficientNet's stem keeps its stride of 1 there,
+    # so that the last stage sees 4x4 maps; rates are for Adam with decoupled decay.
+    "cifar": Recipe(
+        data=Data(name="cifar100"),
+        augment=Augment(crop_padding=4, flip=True, mixup=0.2),
+        optimizer=Optimizer(name="adam", learning_rate=2e-3, weight_decay=0.05, groups=(NO_DECAY,)),
+        schedule=Schedule(name="cosine", warmup_epochs=1),
+        ema=Ema(momentum=0.999),
+        label_smoothing=0.1,
+        batch_size=256,
+        epochs=100,
+        build={"*net*": {"drop_path_rate": 0.1}, "*efficientnet*": {"stem": "small"}},
+        seeds=(868, 67, 472, 362, 970),
+    ),
     # Ours, from no paper: batches of 4 to 16 images, which BN suffers from. The learning rate shrinks with the batch,
     # AGC's factor is the largest of its grid.
     "small_batch": Recipe(
