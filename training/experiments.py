@@ -170,7 +170,7 @@ TABLES["small_batches"] = [
 _OPEN = {"skip_gain": 1.0, "padding_compensation": True}
 _SELU = {**_OPEN, "activation": "selu", "alpha": 0.5}
 _PLAIN = {**_SELU, "standardize": False}
-_DECAY = {"optimizer.weight_decay": 0.1, "optimizer.groups": [NO_DECAY.model_dump()]}
+_DECAY = {"optimizer.weight_decay": 0.5, "optimizer.groups": [NO_DECAY.model_dump()]}
 
 CONTESTS: dict[str, Contest] = {
     # The poster's budget: CIFAR-100 at 32 pixels, stride 2 in the stem, Adam, batch 512, 20 epochs at one rate.
