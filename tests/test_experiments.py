@@ -213,6 +213,8 @@ def test_a_contest_is_decided_on_validation_and_tested_last(results, contest, mo
     monkeypatch.setattr(gap, "train", train)
     monkeypatch.setattr(engine, "evaluate", evaluate)
     assert gap.markdown("tiny", reproduce.read(results / "gap.csv")).count("\n") == 1  # nothing yet
+    gap.main("tiny", runs=results, rows="relu; selu")
+    assert [run[1] for run in ran] == ["relu", "relu", "selu", "selu"] and not read  # the others come first
     gap.main("tiny", runs=results)
     assert [run[0] for run in ran] == ["trial"] * 6 + ["final"] * 4
     assert ran[6:] == [("final", name, rate, s) for name, rate in (("relu", 0.001), ("selu", 0.01)) for s in (0, 1)]

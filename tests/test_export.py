@@ -195,6 +195,8 @@ def test_a_model_of_ones_own_is_described(tmp_path):
         pixels = np.asarray(Image.open(photos / "china" / "1.jpg").resize((16, 16), Image.Resampling.BILINEAR))
         z = np.asarray(own(((pixels / 255 - mean) / std)[None].astype("float32")))[0]
         expected = np.exp(z) / np.exp(z).sum()
+        found = source.source_of(own, 1, photos, **told).images
+        np.testing.assert_allclose(found[0], (pixels / 255 - mean) / std, atol=1e-5)
         assert dict(best) == pytest.approx(dict(zip(told["classes"], expected, strict=True)), abs=1e-5)
 
 
