@@ -140,8 +140,8 @@ RECIPES: dict[str, Recipe] = {
     "rescale": _with(_EUNNET, groups=(NO_DECAY,)),
     # The same protocol, but the learning rate is halved every 5 epochs from mid-training on: from epoch 100, we read.
     "skipinit": _EUNNET.model_copy(update={"schedule": Schedule(name="halving", start=100, every=5)}),
-    # Ours, from no paper: what is usual today for images of 32 pixels. An EfficientNet's stem keeps its stride of 1 there,
-    # so that the last stage sees 4x4 maps; rates are for Adam with decoupled decay.
+    # Ours, from no paper: what is usual today for images of 32 pixels. An EfficientNet's stem has no stride there: its
+    # last stage sees 2x2 maps. Adam's decay is decoupled.
     "cifar": Recipe(
         data=Data(name="cifar100"),
         augment=Augment(crop_padding=4, flip=True, mixup=0.2),

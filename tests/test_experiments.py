@@ -227,6 +227,16 @@ def test_a_contest_is_decided_on_validation_and_tested_last(results, contest, mo
     assert "| tanh | 0.001 | 35.0 |  |  |" in gap.markdown("tiny", table)
 
 
+def test_a_contest_is_drawn_as_far_as_it_is(results, contest, monkeypatch):
+    monkeypatch.setattr(signals, "FIGURES", results)
+    tried = [
+        {"stage": "trial", **_trained(trial, 0, val_accuracy=0.1, epochs=1)}
+        for row in contest.rows[:2] for trial in gap.trials(contest, row)
+    ]  # fmt: skip
+    drawn = gap.picture("tiny", pd.DataFrame(tried))
+    assert drawn == results / "gap_tiny.png" and drawn.stat().st_size > 1000
+
+
 def test_a_final_that_diverged_is_a_result(results, contest, monkeypatch):
     def train(budget, stage, row, seed, *_):
         lost = stage == "final" and (row.name, seed) == ("selu", 1)

@@ -2,6 +2,7 @@
 
     python training/gap.py A --data-dir ~/tensorflow_datasets
     python training/gap.py A --markdown
+    python training/gap.py A --draw
 
 The protocol and the candidates are `CONTESTS` in training/experiments.py. Every run is a line of
 training/results/gap.csv; a killed run resumes, a line that is there is not run again.
@@ -14,6 +15,7 @@ from dataclasses import replace
 from typing import Annotated
 
 import pandas as pd
+import pictures
 import signals
 import typer
 from experiments import CONTESTS, Contest, Row
@@ -24,7 +26,7 @@ from rich.markdown import Markdown
 from nfzoo.cli import quiet_start
 
 with quiet_start():
-    from nfzoo import engine
+    from nfzoo import engine, plots
 
 RATE = "optimizer.learning_rate"
 
@@ -118,6 +120,15 @@ def markdown(budget: str, results: pd.DataFrame) -> str:
     return "\n".join(text)
 
 
+def picture(budget: str, results: pd.DataFrame) -> pathlib.Path:
+    """Trials and finals beside each other, as a file in docs/figures."""
+    contest = CONTESTS[budget]
+    tried = [lines(results, t, contest.seeds[0]) for row in contest.rows for t in trials(contest, row)]
+    tested = [lines(results, row, seed) for row in finals(contest, results) for seed in contest.seeds]
+    drawn = pictures.contest(*(pd.concat([results.head(0), *found]) for found in (tried, tested)), contest.rows[0].name)
+    return plots.save(drawn, signals.FIGURES / f"gap_{budget.lower()}.png")
+
+
 def main(
     budget: str,
     data_dir: Annotated[str | None, typer.Option(help="of tensorflow-datasets; default: TFDS_DATA_DIR")] = None,
@@ -125,6 +136,7 @@ def main(
     rows: Annotated[str | None, typer.Option(help="only trials of these, separated by semicolons")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is missing and stop")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the CSV and stop")] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="draw the CSV into docs/figures and stop")] = False,
 ) -> None:
     """Run what a contest of training/experiments.py lacks: trials, finals, and then the test."""
     console, path = Console(), RESULTS / "gap.csv"
@@ -136,6 +148,9 @@ def main(
         raise typer.BadParameter(f"Expected candidates: {'; '.join(r.name for r in contest.rows)}. Received: {unknown}")
     if as_markdown:
         print(markdown(budget, results))
+        return
+    if draw:
+        print(picture(budget, results) if len(results) else "nothing is measured yet")
         return
 
     def jobs() -> Iterator[tuple[str, Row, int]]:

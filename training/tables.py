@@ -50,6 +50,15 @@ def _small_batches() -> str:
     return "\n".join([*lines, *(f"| {name} | {' | '.join(row)} |" for name, row in cells.iterrows())])
 
 
+def _contest(budget: str):
+    def table() -> str:
+        import gap
+
+        return gap.markdown(budget, pd.read_csv(RESULTS / "gap.csv"))
+
+    return table
+
+
 def _branches() -> str:
     import signals
 
@@ -108,6 +117,7 @@ def _models(family: str):
 TABLES = {
     "beginnings": _races("import|build_.*"),
     "certify": _certificates,
+    "gap_a": _contest("A"),
     "gap_branches": _branches,
     "int8": _int8,
     "latency": _races("(latency|exported)_.*"),
