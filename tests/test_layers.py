@@ -241,6 +241,67 @@ def test_fast_convolutions_are_keras_ones_in_every_precision_and_compiled(dtype,
         _assert_like_keras(ours, theirs, x, rtol, jit)
 
 
+def _trained_once(layer, x, jit=False):
+    """Output, gradients of a loss that every entry counts in by another weight, moving statistics after the step."""
+    import tensorflow as tf
+
+    weights = np.random.default_rng(1).standard_normal(x.shape)
+
+    @tf.function(jit_compile=jit)
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+            loss = tf.reduce_sum(tf.square(y) * tf.cast(weights, y.dtype))
+        return [y, *tape.gradient(loss, [x, *(v.value for v in layer.trainable_variables)])]
+
+    computed = run(tf.cast(x, layer.compute_dtype))
+    return [np.array(z, "float32") for z in (*computed, *layer.non_trainable_variables)]
+
+
+@pytest.mark.parametrize("shape", [(8, 5, 4, 6), (1, 1, 1, 6), (8, 6), (4, 3, 6), (8, 5, 4, 1)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_normalization_is_keras_one(shape, affine):
+    x = 3 * np.random.default_rng(0).standard_normal(shape).astype("float32") + 2
+    ours, theirs = (
+        kind(momentum=0.8, epsilon=1e-5, scale=affine, center=affine)
+        for kind in (layers.BatchNormalization, keras.layers.BatchNormalization)
+    )
+    for layer in (ours, theirs):
+        layer.build(shape)
+        layer.set_weights([w + np.linspace(0.5, 2, w.size) for w in layer.get_weights()])
+    for got, expected in zip(_trained_once(ours, x), _trained_once(theirs, x), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-4 * max(1e-2, np.abs(expected).max()))
+    np.testing.assert_allclose(np.asarray(ours(x)), np.asarray(theirs(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "jit", "rtol"),
+    [
+        ("float64", False, 1e-6),
+        ("mixed_float16", False, 2e-2),
+        ("mixed_bfloat16", False, 5e-2),
+        ("float32", True, 2e-4),
+    ],
+)
+def test_batch_normalization_in_every_precision_and_compiled(dtype, jit, rtol):
+    x = np.random.default_rng(0).standard_normal((8, 3, 3, 4)).astype("float32")
+    ours, theirs = (kind(dtype=dtype) for kind in (layers.BatchNormalization, keras.layers.BatchNormalization))
+    for layer in (ours, theirs):
+        layer.build(x.shape)
+    for got, expected in zip(_trained_once(ours, x, jit), _trained_once(theirs, x), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=rtol * max(np.abs(expected).max(), 1e-3))
+
+
+def test_batch_normalization_where_it_is_left_to_keras():
+    """A mask, another axis, frozen, renormalization: the layer has Keras' own way."""
+    x = np.random.default_rng(0).standard_normal((4, 5, 6)).astype("float32")
+    mask = np.arange(5)[None] < np.arange(2, 6)[:, None]
+    for options, given in (({}, {"mask": mask}), ({"axis": 1}, {}), ({"renorm": True}, {}), ({"trainable": False}, {})):
+        ours, theirs = (kind(**options) for kind in (layers.BatchNormalization, keras.layers.BatchNormalization))
+        np.testing.assert_array_equal(ours(x, training=True, **given), theirs(x, training=True, **given))
+
+
 def test_channels_first_is_refused():
     for kind in (layers.Conv2D, layers.ScaledStdConv2D):
         with pytest.raises(ValueError, match="channels_last.*'channels_first'"):

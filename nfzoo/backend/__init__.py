@@ -1,9 +1,9 @@
 """What differs between Keras backends: one training step with AGC, and the signals of one probe.
 
 Each module exports `Step` (a mixin for `keras.Model` with `train_step`), `conv(...)` (grouped too),
-`depthwise_conv(...)`, `standardize_columns(...)`, `column_moments(...)`, `signals(...)`, `observe(...)`, `sync(model)`,
-which brings the variables of a model up to date in the middle of `fit`, `deterministic(wanted)`, `data_parallel()` and
-`device_count()`; the active one is chosen here, once.
+`depthwise_conv(...)`, `batch_normalize(...)`, `standardize_columns(...)`, `column_moments(...)`, `signals(...)`,
+`observe(...)`, `sync(model)`, which brings the variables of a model up to date in the middle of `fit`,
+`deterministic(wanted)`, `data_parallel()` and `device_count()`; the active one is chosen here, once.
 """
 
 import keras
@@ -11,6 +11,7 @@ import keras
 if keras.config.backend() == "tensorflow":
     from nfzoo.backend.tensorflow import (
         Step,
+        batch_normalize,
         column_moments,
         conv,
         data_parallel,
@@ -27,6 +28,7 @@ if keras.config.backend() == "tensorflow":
 elif keras.config.backend() == "jax":
     from nfzoo.backend.jax import (
         Step,
+        batch_normalize,
         column_moments,
         conv,
         data_parallel,
@@ -47,6 +49,6 @@ else:
     )
 
 __all__ = [
-    "Step", "column_moments", "conv", "data_parallel", "depthwise_conv", "deterministic", "device_count", "observe",
-    "scope", "signals", "split_cpu", "standardize_columns", "sync",
+    "Step", "batch_normalize", "column_moments", "conv", "data_parallel", "depthwise_conv", "deterministic",
+    "device_count", "observe", "scope", "signals", "split_cpu", "standardize_columns", "sync",
 ]  # fmt: skip

@@ -167,3 +167,10 @@ def column_moments(matrix):
     """Mean and population variance of every column, and the columns standardized by them (0 where all are equal)."""
     mean, variance = matrix.mean(0), matrix.var(0)
     return mean, variance, (matrix - mean) * jax.lax.rsqrt(variance + TINY)
+
+
+def batch_normalize(x, scale, offset, epsilon: float):
+    """Normalized over all axes but the last; see `nfzoo.backend.tensorflow.batch_normalize`."""
+    axes = tuple(range(x.ndim - 1))
+    mean, variance = x.mean(axes), x.var(axes)
+    return (x - mean) * (scale * jax.lax.rsqrt(variance + epsilon)) + offset, mean, variance

@@ -234,13 +234,7 @@ def standardize_columns(matrix, scale, epsilon: float):
 
     Weight standardization is a batch normalization of the kernel: the fused operation passes over memory half as often.
     """
-    if matrix.dtype != tf.float32:
-        mean, variance = tf.nn.moments(matrix, 0)
-        return (matrix - mean) * (scale * tf.math.rsqrt(variance + epsilon))
-    rows, columns = matrix.shape
-    image, zero = tf.reshape(matrix, (1, rows, 1, columns)), tf.zeros(columns)
-    normal, _, _ = tf.compat.v1.nn.fused_batch_norm(image, scale, zero, epsilon=epsilon, is_training=True)
-    return tf.reshape(normal, (rows, columns))
+    return batch_normalize(matrix, scale, tf.zeros_like(scale), epsilon)[0]
 
 
 def column_moments(matrix):
@@ -248,15 +242,29 @@ def column_moments(matrix):
 
     The fused batch normalization finds all three in the time that separate operations take for the mean alone.
     """
-    columns = matrix.shape[1]
-    if matrix.dtype != tf.float32 or columns == 1:
-        mean, variance = tf.nn.moments(matrix, 0)
-        return mean, variance, (matrix - mean) * tf.math.rsqrt(variance + TINY)
-    image, one, zero = tf.reshape(matrix, (1, -1, 1, columns)), tf.ones(columns), tf.zeros(columns)
+    one = tf.ones(matrix.shape[1], matrix.dtype)
+    normal, mean, variance = batch_normalize(matrix, one, tf.zeros_like(one), TINY)
+    return mean, variance, normal
+
+
+def batch_normalize(x, scale, offset, epsilon: float):
+    """Normalized over all axes but the last, times a scale, plus an offset; mean and population variance.
+
+    In float32 by one fused operation, which takes a third of the time of separate ones, backwards too.
+
+    Returns:
+        Shape of x; (channels,); (channels,), whose gradients are not passed on.
+    """
+    channels, axes = x.shape[-1], list(range(len(x.shape) - 1))
+    if x.dtype != tf.float32 or channels == 1:
+        mean, variance = tf.nn.moments(x, axes)
+        return tf.nn.batch_normalization(x, mean, variance, offset, scale, epsilon), mean, variance
     normalize = tf.raw_ops.FusedBatchNormV3  # its Python wrapper raises small epsilons
     normal, mean, variance, *_ = normalize(
-        x=image, scale=one, offset=zero, mean=tf.zeros(0), variance=tf.zeros(0), epsilon=TINY, is_training=True
-    )
-    rows = matrix.shape[0] or tf.cast(tf.shape(matrix)[0], tf.float32)
+        x=x if len(x.shape) == 4 else tf.reshape(x, (1, -1, 1, channels)), scale=scale, offset=offset,
+        mean=tf.zeros(0), variance=tf.zeros(0), epsilon=epsilon, is_training=True,
+    )  # fmt: skip
+    rows = tf.cast(tf.size(x) // channels, tf.float32)
     # It tells the unbiased variance; of a single row, 0.
-    return mean, variance * ((rows - 1) / rows), tf.reshape(normal, (-1, columns))
+    normal = normal if len(x.shape) == 4 else tf.reshape(normal, tf.shape(x))
+    return normal, mean, variance * ((rows - 1) / rows)

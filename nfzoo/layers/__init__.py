@@ -13,10 +13,12 @@ from nfzoo.layers.convolution import (
     standardize,
 )
 from nfzoo.layers.inputs import CenteringBias, StandardizeInput
+from nfzoo.layers.normalization import BatchNormalization
 from nfzoo.layers.residual import Affine, MaxPool2D, Merge, PadChannels, StochasticDepth, Tap
 
 __all__ = [
     "Affine",
+    "BatchNormalization",
     "CenteringBias",
     "CompensatePadding",
     "Conv2D",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import keras
 from keras import layers
 
+from nfzoo.layers import BatchNormalization
 from nfzoo.models.sites import Site
 from nfzoo.variants.base import Variant
 
@@ -60,7 +61,7 @@ class BN(_Normalized):
         options = self.options(site)
         if self.stem_affine and site.role == "stem":
             options |= {"scale": True, "center": True}
-        return layers.BatchNormalization(momentum=self.momentum, name=site.name("norm"), **options)(x)
+        return BatchNormalization(momentum=self.momentum, name=site.name("norm"), **options)(x)
 
 
 @dataclass(frozen=True)
