@@ -302,6 +302,29 @@ def test_batch_normalization_where_it_is_left_to_keras():
         np.testing.assert_array_equal(ours(x, training=True, **given), theirs(x, training=True, **given))
 
 
+def test_both_backends_normalize_alike():
+    """The fused operation of TensorFlow against the formula on JAX, with the gradient of a loss."""
+    import jax
+    import tensorflow as tf
+
+    from nfzoo.backend import jax as on_jax
+    from nfzoo.backend import tensorflow as on_tensorflow
+
+    rng = np.random.default_rng(0)
+    x, weights = (rng.standard_normal((6, 3, 3, 4)).astype("float32") for _ in range(2))
+    scale, offset = np.linspace(0.5, 2, 4, dtype="float32"), np.linspace(-1, 1, 4, dtype="float32")
+    given = [tf.constant(value) for value in (x, scale, offset)]
+    with tf.GradientTape() as tape:
+        tape.watch(given)
+        computed = on_tensorflow.batch_normalize(*given, 1e-4)
+        loss = tf.reduce_sum(computed[0] ** 2 * weights)
+    gradients = tape.gradient(loss, given)
+    expected = on_jax.batch_normalize(x, scale, offset, 1e-4)
+    by_jax = jax.grad(lambda *args: (on_jax.batch_normalize(*args, 1e-4)[0] ** 2 * weights).sum(), argnums=(0, 1, 2))
+    for got, value in zip((*computed, *gradients), (*expected, *by_jax(x, scale, offset)), strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(value), rtol=1e-4, atol=1e-4)
+
+
 def test_channels_first_is_refused():
     for kind in (layers.Conv2D, layers.ScaledStdConv2D):
         with pytest.raises(ValueError, match="channels_last.*'channels_first'"):
