@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import json
 import math
 import pathlib
@@ -131,6 +132,13 @@ class AverageWeights(keras.callbacks.Callback):
         if self._optimizer.use_ema:  # when `fit` ends, Keras puts the average in place of the weights
             self._keep()
 
+    def end(self, model: keras.Model) -> None:
+        """Do what the end of `fit` does, for a model of the last epoch: its average takes the place of its weights."""
+        self._optimizer = innermost(model.optimizer)
+        if self._optimizer.use_ema:
+            self._keep()
+            self.put_average()
+
     def _keep(self) -> None:
         self._weights = [np.array(keras.ops.convert_to_numpy(v)) for v in self._optimizer._trainable_variables]
 
@@ -167,7 +175,8 @@ class Checkpoints(keras.callbacks.Callback):
 
     There is one after each epoch N; on SIGTERM there is one within an epoch, model-N-STEP. The description carries the
     model's sha256, the history up to there and what a saved Keras model leaves out: the random states of its layers,
-    the metrics' counters. It is written last: a pair that is incomplete or does not verify is passed over by `sound`.
+    the metrics' counters; and a digest of all that. It is written last: a pair that is incomplete or does not verify is
+    passed over by `sound`.
 
     Args:
         folder: of the checkpoints; None for a process that leaves them to another one.
@@ -239,12 +248,16 @@ class Checkpoints(keras.callbacks.Callback):
         random = [keras.ops.convert_to_numpy(v).tolist() for v in random_states(self.model)]
         description = {"epoch": epoch, "sha256": digest, "history": self.history, "random": random, **rest}
         with atomic(path.with_suffix(".json")) as partial:
-            partial.write_text(to_json(description))
+            partial.write_text(to_json({**description, "digest": _digest(description)}))
         if self.history:
             write_history(self.folder.parent / "history.csv", self.history)
         for old in pairs(self.folder)[2:]:
             old.with_suffix(".json").unlink(missing_ok=True)
             old.unlink(missing_ok=True)
+
+
+def _digest(description: dict) -> str:
+    return hashlib.sha256(to_json(description).encode()).hexdigest()
 
 
 def save_for_nobody(model: keras.Model) -> None:
@@ -271,7 +284,8 @@ def sound(folder: pathlib.Path, warn) -> Iterator[tuple[pathlib.Path, dict]]:
     for path in pairs(folder):
         try:
             description = json.loads(path.with_suffix(".json").read_text())
-            if sha256(path) == description["sha256"]:
+            written = description.pop("digest", None) in (None, _digest(description))  # older ones have none
+            if written and sha256(path) == description["sha256"]:
                 yield path, description
                 continue
             reason = "its content is not what was written"

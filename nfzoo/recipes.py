@@ -7,6 +7,7 @@ A recipe is a tree of `nfzoo.settings`; `override` changes leaves by dotted path
 import difflib
 import hashlib
 import json
+import re
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -191,8 +192,11 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         0.01
     """
     tree = recipe.model_dump()
-    for path, value in changes.items():
+    # Details of what a number may stand for come last: behind that number, and behind what it follows from.
+    for path, value in sorted(changes.items(), key=lambda item: item[0].startswith(("agc.", "ema."))):
         *parents, leaf = path.split(".")
+        if parents and isinstance(tree.get(parents[0]), str | int | float):
+            tree = _validated(recipe, tree).model_dump()
         node, kind = tree, type(recipe)
         for parent in parents:
             _known(path, parent, node)
@@ -203,6 +207,10 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         if parents[:1] != ["build"]:
             _known(path, leaf, node)
         node[leaf] = parse_value(value)
+    return _validated(recipe, tree)
+
+
+def _validated(recipe: Recipe, tree: dict) -> Recipe:
     try:
         return type(recipe).model_validate(tree)
     except ValidationError as error:
@@ -288,7 +296,8 @@ def parse_value(value: Any) -> Any:
     if value.lower() == "none":
         return None
     try:
-        return json.loads(value)
+        # JSON has no ".01".
+        return json.loads(f"0{value}" if re.fullmatch(r"\.\d+(e[+-]?\d+)?", value) else value)
     except json.JSONDecodeError:
         return {"true": True, "false": False}.get(value.lower(), value)
 

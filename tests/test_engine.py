@@ -110,7 +110,8 @@ def test_ctrl_c_resumes(tmp_path, monkeypatch, console):
 
 
 @pytest.mark.parametrize(
-    "damage", slow_but(["truncate", "flip"], ["truncate", "flip", "no description", "half a description"])
+    "damage",
+    slow_but(["truncate", "figure"], ["truncate", "flip", "no description", "half a description", "figure", "no text"]),
 )
 def test_a_damaged_checkpoint_is_passed_over_aloud(damage, tmp_path, monkeypatch, console):
     folder = tmp_path / "run"
@@ -126,8 +127,14 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(damage, tmp_path, monkeypatch
         newest.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     elif damage == "no description":
         newest.with_suffix(".json").unlink()
-    else:
+    elif damage == "half a description":
         newest.with_suffix(".json").write_text('{"epoch": 2, "sha')
+    elif damage == "no text":
+        newest.with_suffix(".json").write_bytes(b"\xa0" + newest.with_suffix(".json").read_bytes())
+    else:  # still JSON, of another past
+        said = json.loads(newest.with_suffix(".json").read_text())
+        said["history"][0]["loss"] += 1.0
+        newest.with_suffix(".json").write_text(json.dumps(said))
     metrics = engine.run(MODEL, _recipe(epochs=3), folder, taps=None, console=console)
     said = console.export_text()
     assert "model-2.keras is damaged" in said and "after epoch 1" in said
@@ -202,8 +209,9 @@ def test_an_output_folder_that_cannot_be_made(console):
         engine.run(MODEL, _recipe(), "/proc/no/such/place", console=console)
 
 
-def test_damaged_options_are_said(tmp_path, console):
-    (tmp_path / "options.json").write_text('{"model": "nf_te')
+@pytest.mark.parametrize("content", [b'{"model": "nf_te', b'{"model": "\xa0"}'])
+def test_damaged_options_are_said(tmp_path, console, content):
+    (tmp_path / "options.json").write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         engine.run(MODEL, _recipe(), tmp_path, console=console)
 

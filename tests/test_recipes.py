@@ -33,6 +33,9 @@ def test_overrides_are_typed():
     assert (recipe.optimizer.learning_rate, recipe.agc, recipe.augment.flip, recipe.epochs) == (3e-4, None, True, 2)
     assert recipes.override(recipe, {"agc": "0.02"}).agc == recipes.Clip(clip_factor=0.02)
     assert recipes.override(recipe, {"agc.clip_factor": 0.3}).agc == recipes.Clip(clip_factor=0.3)
+    both = {"agc.eps": 0.01, "agc": "suggest", "ema": ".99", "ema.warmup": "false", "batch_size": 128}
+    assert recipes.override(recipe, both).agc == recipes.Clip(clip_factor=0.08, eps=0.01)  # in whatever order
+    assert recipes.override(recipe, both).ema == recipes.Ema(momentum=0.99, warmup=False)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, poisoned, locked out or starved end as if nothing had happened, or say what did."""
 
+import dataclasses
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from nfzoo import callbacks, data, engine, recipes
 from nfzoo.engine import folder as folders
+from nfzoo.engine import training
 
 SCRIPT = pathlib.Path(__file__).with_name("killed.py")
 MODEL, BUILD = "sn_test_ffnn", {"dropout_rate": 0.3}
@@ -89,13 +91,13 @@ def test_killed_twenty_times_it_ends_as_if_never(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [STEPS + 2, 2 * STEPS])
+@pytest.mark.parametrize("step", [STEPS + 2, 2 * STEPS, 5 * STEPS])
 def test_sigterm_saves_and_ends(whole, tmp_path, step):
     out = tmp_path / "run"
     process = _process(out, f"term {step}")
     assert process.returncode == 128 + signal.SIGTERM, process.stderr[-3000:]
     kept = {p.name for p in (out / "checkpoints").iterdir()}
-    newest = "model-1-2" if step % STEPS else "model-2"
+    newest = "model-1-2" if step % STEPS else f"model-{step // STEPS}"
     assert {f"{newest}.keras", f"{newest}.json"} <= kept and not (out / ".lock").exists()
     assert _process(out, "never").returncode == 0
     _assert_same(out, whole)
@@ -109,6 +111,53 @@ def _recipe(**changes):
 
 def _run(out, console, recipe=None, model=MODEL):
     return engine.run(model, recipe or _recipe(), out, overrides=BUILD, taps=None, console=console)
+
+
+def test_a_run_that_stops_behind_its_last_checkpoint_ends_as_an_undisturbed_one(tmp_path, monkeypatch, console):
+    """The checkpoint holds the weights; the network of the run is their average, and the figures are its own."""
+    recipe = _recipe(ema=0.9, epochs=2)
+    expected = _run(tmp_path / "whole", console, recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_metrics", lambda *_: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            _run(tmp_path / "stopped", console, recipe)
+    got = _run(tmp_path / "stopped", console, recipe)
+    different = ("seconds", "images_per_second")
+    assert {k: v for k, v in got.items() if k not in different} == {
+        k: v for k, v in expected.items() if k not in different
+    }
+    assert got["test_loss"] != got["test_loss_without_average"]
+    nets = [engine.load_run(tmp_path / name) for name in ("whole", "stopped")]
+    for a, b in zip(*(net.get_weights() for net in nets), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_goes_on_as_it_began_or_not_at_all(tmp_path, monkeypatch, console):
+    """Other images, another backend, other layers watched: each would be half of another run."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_metrics", lambda *_: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            engine.run(MODEL, _recipe(epochs=1), out, overrides=BUILD, taps="blocks", console=console)
+
+    def goes_on(taps="blocks", **options):
+        return engine.run(MODEL, _recipe(epochs=1), out, overrides=BUILD, taps=taps, console=console, **options)
+
+    before = (out / "options.json").read_text()
+    with pytest.raises(ValueError, match="go on as it began.*taps was 'blocks', now 'layers'"):
+        goes_on("layers")
+    with pytest.raises(ValueError, match="signals was {}, now {'every': 2}"):
+        goes_on(signals={"every": 2})
+    load = data.load
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load", lambda *args: dataclasses.replace(load(*args), mean=(0.1, 0.2, 0.3)))
+        with pytest.raises(ValueError, match=r"images was .*0\.1, 0\.2, 0\.3"):
+            goes_on()
+    (out / "options.json").write_text(before.replace('"backend": "tensorflow"', '"backend": "jax"'))
+    with pytest.raises(ValueError, match="backend was 'jax', now 'tensorflow'"):
+        goes_on()
+    (out / "options.json").write_text(before.replace('"devices": 1', '"devices": 2'))
+    assert goes_on()["status"] == "complete" and "devices was 2, now 1" in console.export_text()
 
 
 class _StopsAtSix(callbacks.StopOnNaN):
@@ -300,6 +349,7 @@ def test_a_checkpoint_that_was_written_badly(tmp_path, monkeypatch, console):
     load = callbacks.keras.saving.load_model
     (out / "checkpoints" / "model-2.keras").write_bytes(b"no model")
     said = json.loads((out / "checkpoints" / "model-1.json").read_text())
+    del said["digest"]  # as an older nfzoo wrote it
     said |= {"epoch": 2, "sha256": callbacks.sha256(out / "checkpoints" / "model-2.keras")}
     (out / "checkpoints" / "model-2.json").write_text(json.dumps(said))
     assert _run(out, console)["status"] == "complete" and load is callbacks.keras.saving.load_model

@@ -50,6 +50,7 @@ def pretended(monkeypatch):
         metrics = {"status": "complete", "val_accuracy": accuracy, "test_accuracy": accuracy, "epochs": recipe.epochs}
         (folder / "options.json").write_text(json.dumps(engine.options(model, recipe)))
         (folder / "metrics.json").write_text(json.dumps({**metrics, "seconds": 0.0}))
+        return metrics
 
     monkeypatch.setattr(engine, "run", run)
     monkeypatch.setattr(keras.utils, "clear_session", lambda: None)  # half a second each
@@ -148,7 +149,7 @@ def test_a_trial_that_runs_out_of_memory_is_a_result(error, tmp_path, pretended,
             folder.mkdir()
             (folder / "checkpoints").mkdir()
             raise error()
-        succeed(model, recipe, folder, **options)
+        return succeed(model, recipe, folder, **options)
 
     monkeypatch.setattr(engine, "run", run)
     results = _search(tmp_path, rates=[0.1, 0.01], seeds=[0])
@@ -157,6 +158,32 @@ def test_a_trial_that_runs_out_of_memory_is_a_result(error, tmp_path, pretended,
     assert not (tmp_path / "sn_test_ffnn-lr0.1-seed0" / "checkpoints").exists()
     assert tune.summary(results).out_of_memory.tolist() == [1, 0]
     assert len(_search(tmp_path, rates=[0.1, 0.01], seeds=[0])) == 2 and len(pretended) == 1
+
+
+@pytest.mark.parametrize(("kills", "status"), [(2, "complete"), (3, "out_of_memory")])
+def test_a_trial_that_the_system_kills_again_and_again_is_a_result(kills, status, tmp_path, pretended, monkeypatch):
+    """Where the memory of the machine ends, nothing in Python hears of it."""
+    name, succeed = "sn_test_ffnn-lr0.1-seed0", engine.run
+    starts = tmp_path / "logs" / f"{name}.starts"
+
+    def run(model, recipe, folder, **options):
+        assert folder.name != name or starts.read_text() == "start\n" * (kills + 1)  # what a kill now would leave
+        return succeed(model, recipe, folder, **options)
+
+    monkeypatch.setattr(engine, "run", run)
+    starts.parent.mkdir()
+    starts.write_text("start\n" * kills)
+    results = _search(tmp_path, rates=[0.1, 0.01], seeds=[0])
+    assert list(results.status) == [status, "complete"] and not starts.exists()
+    if kills == 3:
+        assert "killed 3 times" in json.loads((tmp_path / name / "metrics.json").read_text())["error"]
+
+
+def test_a_trial_that_is_not_compared_is_refused(tmp_path, console):
+    recipe = recipes.override(RECIPE, {"data.name": "fake", "data.validation_fraction": 0.001, "epochs": 1})
+    for _ in range(2):  # the second finds no result of the first
+        with pytest.raises(ValueError, match="validation_fraction=0.001, which is no image"):
+            tune.scan(["sn_test_ffnn"], [0.1], recipe, tmp_path, console=console)
 
 
 def test_a_full_disk_is_no_lack_of_memory():

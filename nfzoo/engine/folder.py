@@ -8,9 +8,10 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import keras
 
@@ -97,6 +98,8 @@ def locked(out: pathlib.Path) -> Iterator[None]:
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError  # another process held it and took the file away, between our two calls
         except BlockingIOError:
             raise ValueError(
                 f"Expected a folder that no other process trains in. Received: {out}, which one does now; wait for it, "
@@ -117,7 +120,7 @@ def result(out: pathlib.Path, resolved: dict) -> dict | None:
     if record.exists():
         try:
             before = json.loads(record.read_text())
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no text
             raise ValueError(
                 f"Expected options.json of a run. Received: {record}, which is damaged; remove it"
             ) from None
@@ -131,7 +134,7 @@ def result(out: pathlib.Path, resolved: dict) -> dict | None:
                 f"{', '.join(differing)} differ(s) (model {before.get('model')}). Choose another --out, or remove "
                 "the folder."
             )
-        with contextlib.suppress(OSError, json.JSONDecodeError):
+        with contextlib.suppress(OSError, ValueError):
             return json.loads((out / "metrics.json").read_text())
         return None
     # A kill before the first file was whole leaves these.
@@ -141,12 +144,46 @@ def result(out: pathlib.Path, resolved: dict) -> dict | None:
     return None
 
 
-def record(out: pathlib.Path, resolved: dict, images: data.Images) -> None:
-    """Write what this run is, once data and model are there: a mistake in their names leaves no folder behind."""
-    if not (out / "options.json").exists():
-        constants = {key: getattr(images, key) for key in ("name", "mean", "std", "classes")}
-        constants["shape"] = images.train.images.shape[1:]
-        write_json(out / "options.json", {**resolved, "images": constants, **environment()})
+def record(
+    out: pathlib.Path, resolved: dict, images: data.Images, told: dict, began: bool, warn: Callable[[str], None]
+) -> None:
+    """Write what this run is, once data and model are there: a mistake in their names leaves no folder behind.
+
+    Args:
+        told: what else decides it: "taps", "signals", "devices".
+        began: whether it goes on from a checkpoint; then it must be as it was.
+
+    Raises:
+        ValueError: if its images, the backend or what is watched are others than when it began.
+    """
+    constants = {key: getattr(images, key) for key in ("name", "mean", "std", "classes")}
+    constants["shape"] = images.train.images.shape[1:]
+    now = json.loads(to_json({**resolved, "images": constants, **told, **environment()}))
+    if not (began and (out / "options.json").exists()):
+        write_json(out / "options.json", now)
+        return
+    before = read_options(out)
+    changed = [key for key in ("images", "backend", *told) if key in before and before[key] != now[key]]
+    differing = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in changed]
+    if changed == ["devices"]:
+        warn(f"the run goes on otherwise than it began: {differing[0]}; batch statistics are a device's")
+    elif changed:
+        raise ValueError(
+            f"Expected {out} to go on as it began. Received: {'; '.join(differing)}. Choose another --out, or remove "
+            "the folder."
+        )
+
+
+def plain(settings: dict) -> dict:
+    """Settings as JSON can hold them: what it cannot, by its name."""
+
+    def one(value: Any) -> Any:
+        try:
+            return json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+
+    return {key: one(value) for key, value in settings.items()}
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

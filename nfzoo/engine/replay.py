@@ -9,9 +9,7 @@ from nfzoo.engine import learning
 from nfzoo.engine.state import State, train
 
 
-def first_bad_layer(
-    state: State, batches: dict[str, data.Batches], recipe: recipes.Recipe, step: int, frozen: bool
-) -> str | None:
+def first_bad_layer(state: State, batches: dict[str, data.Batches], recipe: recipes.Recipe, step: int) -> str | None:
     """Name the first layer whose output or weights are not finite when a step begins.
 
     Runs are deterministic, so that the steps before it come out as they did; a device that is not may lead elsewhere.
@@ -19,14 +17,14 @@ def first_bad_layer(
     Args:
         state: at or before the step, in the same epoch; it moves along.
         step: the step (from 1) whose loss is not finite.
-        frozen: whether the classifier learns alone in this epoch.
 
     Returns:
         "output of NAME", "weights of NAME" or "images of the batch"; None if all is finite this time.
     """
     net, stream, epoch = state.net, batches["train"], state.epoch
-    if not net.compiled:
-        learning.prepare(net, recipe, len(stream), frozen)
+    # A checkpoint between the two parts of a fine-tuning run is compiled for the first.
+    if not net.compiled or (recipe.frozen_epochs and epoch == recipe.frozen_epochs and not state.step):
+        learning.prepare(net, recipe, len(stream), frozen=epoch < recipe.frozen_epochs)
     if step - 1 > state.step:
         average = callbacks.AverageWeights()
         clock = data.EpochClock(*batches.values())

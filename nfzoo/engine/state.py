@@ -29,6 +29,11 @@ class State:
     counters: list[np.ndarray] = field(default_factory=list)
     seconds: float = 0.0
 
+    @property
+    def began(self) -> bool:
+        """Whether it comes from a checkpoint."""
+        return bool(self.epoch or self.step)
+
 
 def restore(out: pathlib.Path, warn: Callable[[str], None]) -> State | None:
     """Read the newest checkpoint of a run's folder that verifies; None where there is none.

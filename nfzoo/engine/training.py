@@ -78,21 +78,21 @@ def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devi
     warn = lambda text: console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)  # noqa: E731
     images = data.load(recipe.data, recipe.seed)
     state = start(out, resolved, recipe, images, warn)
-    if state.epoch or state.step:
+    if state.began:
         console.print(f"resuming {out} after {_position(state)}", markup=False, soft_wrap=True)
     if recipe.frozen_epochs and not any(layer.name == "head" for layer in state.net.layers):
         raise ValueError(
             f'Expected a model with a layer "head" for frozen_epochs. Received: {resolved["model"]} without'
         )
-    watch = None
+    watch, watched = None, {"taps": taps, "signals": folder.plain(signals)}
     if taps:
         signals = {**signals, "log_dir": out if devices.leads else None}  # others measure too: it takes all devices
         watch = _watch(state.net, images, recipe.one_hot, taps, signals, console)
     batches = data.pipeline(images, recipe, devices.shard, devices.multiple)
-    if not (state.epoch or state.step):
+    if not state.began:
         learning.prepare(state.net, recipe, len(batches["train"]), frozen=bool(recipe.frozen_epochs))
     if devices.leads:  # all that can be wrong with the settings has been said
-        folder.record(out, resolved, images)
+        folder.record(out, resolved, images, {**watched, "devices": devices.multiple}, state.began, warn)
     guard, average = callbacks.StopOnNaN(), callbacks.AverageWeights()
     progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), recipe.epochs, console)
     keeper = callbacks.Checkpoints(out / "checkpoints" if devices.leads else None, state, guard, devices.processes == 1)
@@ -110,8 +110,7 @@ def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devi
     metrics = _metrics(state, read, guard, average, time.perf_counter() - began, len(images.train))
     if guard.diverged and devices.processes == 1:  # of several, each sees a part of an output
         state = start(out, resolved, recipe, images, warn)
-        frozen = state.epoch < recipe.frozen_epochs
-        metrics["diverged_in"] = first_bad_layer(state, batches, recipe, guard.step, frozen)
+        metrics["diverged_in"] = first_bad_layer(state, batches, recipe, guard.step)
     keep_model &= metrics["status"] == "complete"
     if devices.leads:
         _finish(out, state.net, metrics, keep_model, averaged=bool(recipe.ema))
@@ -136,6 +135,8 @@ def _watch(net, images: data.Images, one_hot: bool, taps: str, signals: dict, co
 
 def _fit(state: State, batches: dict, recipe: recipes.Recipe, steps: list, average) -> None:
     """Train from a state to the end: at first the classifier alone, if the recipe says so, then all layers."""
+    if state.epoch == recipe.epochs:
+        average.end(state.net)
     for begin, end in itertools.pairwise(sorted({0, recipe.frozen_epochs, recipe.epochs})):
         if begin and state.epoch == begin and not state.step:  # else it was compiled, or the checkpoint came so
             learning.prepare(state.net, recipe, len(batches["train"]))

@@ -34,7 +34,7 @@ def result(folder: pathlib.Path) -> dict | None:
     """What a trial's folder says of its end; None as long as it does not, or not legibly."""
     try:
         return json.loads((folder / "metrics.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # not there; no JSON, or no text
         return None
 
 

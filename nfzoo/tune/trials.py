@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import gc
+import itertools
 import pathlib
 import shutil
 import time
@@ -16,6 +17,8 @@ from nfzoo import engine
 from nfzoo.files import atomic, to_json
 from nfzoo.tune.plan import result
 from nfzoo.tune.space import Spec, Trial
+
+KILLS = 3  # at one place, after which a trial is taken for one that the system kills for its memory
 
 
 @contextlib.contextmanager
@@ -74,6 +77,20 @@ def out_of_memory(error: BaseException) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def _killed_before(out: pathlib.Path, name: str) -> Iterator[int]:
+    """How often a trial was killed since its newest checkpoint. Who is killed cannot say so: who starts signs up."""
+    place = max((path.name for path in (out / name / "checkpoints").glob("model-*.keras")), default="start")
+    path = out / "logs" / f"{name}.starts"
+    starts = path.read_text().split() if path.exists() else []
+    times = len(list(itertools.takewhile(lambda start: start == place, reversed(starts))))
+    path.write_text("\n".join([*starts, place]) + "\n")
+    try:
+        yield times
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def run(trial: Trial, spec: Spec, out: pathlib.Path) -> None:
     """Train a trial, unless another process does so or has done so.
 
@@ -88,16 +105,31 @@ def run(trial: Trial, spec: Spec, out: pathlib.Path) -> None:
             partial.unlink()
         keras.utils.clear_session()  # else the graphs of all trials stay in memory
         model, began = trial.setting.model, time.perf_counter()
-        try:
-            engine.run(
-                model, trial.recipe(spec.recipe), folder, overrides=spec.overrides, taps=None, keep_model=False,
-                console=Console(file=log, width=120),
-            )  # fmt: skip
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            _record(trial, spec, folder, str(error), time.perf_counter() - began)
+        with _killed_before(out, trial.name) as times:
+            try:
+                if times >= KILLS:
+                    raise MemoryError(f"killed {times} times at one place, as by a system whose memory ran out")
+                metrics = engine.run(
+                    model, trial.recipe(spec.recipe), folder, overrides=spec.overrides, taps=None, keep_model=False,
+                    console=Console(file=log, width=120),
+                )  # fmt: skip
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                _record(trial, spec, folder, str(error), time.perf_counter() - began)
+            else:
+                _check_compared(metrics, spec, folder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # also what a diverged run leaves
+
+
+def _check_compared(metrics: dict, spec: Spec, folder: pathlib.Path) -> None:
+    """Refuse a scan whose trials nothing compares: of few images a small fraction is none."""
+    if metrics["status"] == "complete" and "val_accuracy" not in metrics:
+        (folder / "metrics.json").unlink()
+        raise ValueError(
+            "Expected validation images, by which settings are compared. Received: data.validation_fraction="
+            f"{spec.recipe.data.validation_fraction:g}, which is no image of these data"
+        )
 
 
 def _record(trial: Trial, spec: Spec, folder: pathlib.Path, error: str, seconds: float) -> None:
