@@ -177,10 +177,13 @@ class AdaptiveGradientClipping(keras.optimizers.Optimizer):
 
 def _renamed(units: dict, paths: list[str]) -> dict:
     """Units by the paths that variables have now: Keras loads a Sequential model under another name than it had."""
-    before = list(units)
+    return dict(zip(paths, units.values(), strict=True)) if _alike(list(units), paths) else units
+
+
+def _alike(before: list[str], paths: list[str]) -> bool:
+    """Whether paths name the same variables, those of a model that may have had another name."""
     ends = lambda path: path.split("/")[-2:]  # noqa: E731
-    alike = len(before) == len(paths) and all(ends(a) == ends(b) for a, b in zip(before, paths, strict=True))
-    return dict(zip(paths, units.values(), strict=True)) if alike else units
+    return len(before) == len(paths) and all(ends(a) == ends(b) for a, b in zip(before, paths, strict=True))
 
 
 class _Plain:
@@ -223,17 +226,20 @@ class Grouped:
     def __init__(self, *args, groups: Sequence[Group | dict] = (), ema_warmup: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.groups = _Plain([group if isinstance(group, Group) else Group(**group) for group in groups])
-        self.ema_warmup = ema_warmup
+        self.ema_warmup, self._paths = ema_warmup, _Plain([])
 
     def build(self, variables) -> None:
         if self.built:
             return
-        self._group_of = _Plain([self._group(v.path) for v in variables])
-        unused = [g.pattern for g in self.groups.content if not any(matches(g.pattern, v.path) for v in variables)]
-        if unused:
+        paths = [v.path for v in variables]
+        # A saved optimizer goes by the names that variables had.
+        self._paths = self._paths if _alike(self._paths.content, paths) else _Plain(paths)
+        self._group_of = _Plain([self._group(path) for path in self._paths.content])
+        patterns = [group.pattern for group in self.groups.content]
+        if unused := [p for p in patterns if not any(matches(p, path) for path in self._paths.content)]:
             raise ValueError(
-                f"Expected each pattern of the optimizer's groups to match a variable. Received: {unused}, which match "
-                f"none. The paths end with {[v.path for v in variables][-3:]}"
+                "Expected each pattern of the optimizer's groups to match a variable that learns. Received: "
+                f"{unused}, which match none. The paths end with {paths[-3:]}"
             )
         super().build(variables)
         if self.use_ema and self.ema_warmup:
@@ -273,7 +279,15 @@ class Grouped:
 
     def get_config(self) -> dict:
         groups = [asdict(group) for group in self.groups.content]
-        return {**super().get_config(), "groups": groups, "ema_warmup": self.ema_warmup}
+        return {**super().get_config(), "groups": groups, "ema_warmup": self.ema_warmup, "paths": self._paths.content}
+
+    @classmethod
+    def from_config(cls, config: dict, custom_objects=None):
+        config = dict(config)
+        paths = config.pop("paths", [])
+        made = super().from_config(config, custom_objects)
+        made._paths = _Plain(paths)
+        return made
 
 
 class _Momentum(keras.optimizers.Optimizer):

@@ -10,7 +10,7 @@ import sys
 import pandas as pd
 import pytest
 
-from nfzoo import engine, spp
+from nfzoo import engine, recipes, spp
 
 SMALL = {"data.name": "fake", "data.limit": 60, "epochs": 2, "batch_size": 16, "agc": 0.05, "ema": 0.9}
 # The last batch of 12 divides among two; validation images beyond a multiple of two would be left out.
@@ -39,7 +39,7 @@ import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from rich.console import Console
-from nfzoo import engine, recipes
+from nfzoo import engine
 recipe = recipes.override(recipes.get("demo"), json.loads('{json.dumps(SMALL)}'))
 for name, mirrored in (("one", False), ("two", True)):
     devices = engine.Devices(mirrored=mirrored)
@@ -89,3 +89,6 @@ def test_devices_that_cannot_be():
         engine.Devices(coordinator="localhost:1", processes=2, process_id=2)
     with pytest.raises(ValueError, match="KERAS_BACKEND=jax"):
         engine.Devices(coordinator="localhost:1", processes=2)
+    recipe = recipes.override(recipes.get("demo"), {"optimizer.accumulate": 2})
+    with pytest.raises(ValueError, match="optimizer.accumulate=1 under --strategy mirrored.*Received: 2"):
+        engine.run("sn_test_ffnn", recipe, "nowhere", devices=engine.Devices(mirrored=True))

@@ -237,6 +237,13 @@ def test_a_contest_is_drawn_as_far_as_it_is(results, contest, monkeypatch):
     assert drawn == results / "gap_tiny.png" and drawn.stat().st_size > 1000
 
 
+def test_lines_of_other_processes_stay(results):
+    reproduce.add(results / "t.csv", {"row": "a", "seed": 1})
+    before = reproduce.read(results / "t.csv")
+    reproduce.add(results / "t.csv", {"row": "b", "seed": 1})  # another process, meanwhile
+    assert list(reproduce.add(results / "t.csv", {"row": "c", "seed": 1}).row) == ["a", "b", "c"] and len(before) == 1
+
+
 def test_a_final_that_diverged_is_a_result(results, contest, monkeypatch):
     def train(budget, stage, row, seed, *_):
         lost = stage == "final" and (row.name, seed) == ("selu", 1)

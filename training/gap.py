@@ -19,7 +19,7 @@ import pictures
 import signals
 import typer
 from experiments import CONTESTS, Contest, Row
-from reproduce import RESULTS, folder_of, line, lines_of, read, recipe_of, write
+from reproduce import RESULTS, add, folder_of, line, lines_of, read, recipe_of, write
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -27,6 +27,7 @@ from nfzoo.cli import quiet_start
 
 with quiet_start():
     from nfzoo import engine, plots
+    from nfzoo.files import waited_for
 
 RATE = "optimizer.learning_rate"
 
@@ -161,14 +162,14 @@ def main(
             console.print(f"{row.name}, {stage}, lr {row.changes[RATE]:g}, seed {seed} (missing)")
         return
     while (job := next(jobs(), None)) is not None:
-        new = pd.DataFrame([train(budget, *job, data_dir, runs, console)])
-        results = pd.concat([results, new], ignore_index=True) if len(results) else new
-        write(path, results)
+        results = add(path, train(budget, *job, data_dir, runs, console))
     for row, seed in unread(contest, results):
-        at = lines_of(results, row, seed, recipe_of(row, seed, None))
         tested = engine.evaluate(folder_of(runs / budget, row, "final", f"{row.changes[RATE]:g}", seed))
-        results.loc[at, ["test_accuracy", "test_loss"]] = [tested["accuracy"], tested["loss"]]
-        write(path, results)
+        with waited_for(RESULTS):
+            results = read(path)
+            at = lines_of(results, row, seed, recipe_of(row, seed, None))
+            results.loc[at, ["test_accuracy", "test_loss"]] = [tested["accuracy"], tested["loss"]]
+            write(path, results)
     console.print(Markdown(markdown(budget, results)))
 
 

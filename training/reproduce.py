@@ -23,7 +23,7 @@ from nfzoo.cli import quiet_start
 
 with quiet_start():
     from nfzoo import engine, recipes
-    from nfzoo.files import atomic
+    from nfzoo.files import atomic, waited_for
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 KEY = ["row", "model", "build", "fingerprint", "seed"]
@@ -68,6 +68,15 @@ def read(path: pathlib.Path) -> pd.DataFrame:
 def write(path: pathlib.Path, results: pd.DataFrame) -> None:
     with atomic(path) as partial:
         results.to_csv(partial, index=False)
+
+
+def add(path: pathlib.Path, new: dict) -> pd.DataFrame:
+    """Put a line behind those that are there by now: other processes may have added theirs."""
+    with waited_for(path.parent):
+        results, line = read(path), pd.DataFrame([new])
+        results = pd.concat([results, line], ignore_index=True) if len(results) else line
+        write(path, results)
+    return results
 
 
 def markdown(table: str, results: pd.DataFrame) -> str:
@@ -125,9 +134,7 @@ def run_missing(
             folder = folder_of(runs / table, row, seed)
             metrics = engine.run(row.model, recipe, folder, overrides=row.build, console=console, **row.signals)
             collect(row, seed, folder)
-            new = pd.DataFrame([line(row, seed, recipe, metrics, folder)])
-            results = pd.concat([results, new]) if len(results) else new
-            write(path, results)
+            results = add(path, line(row, seed, recipe, metrics, folder))
     return results
 
 

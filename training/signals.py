@@ -32,7 +32,7 @@ with quiet_start():
 
     import nfzoo
     from nfzoo import data, engine, plots, recipes, spp, theory
-    from nfzoo.files import atomic
+    from nfzoo.files import atomic, waited_for
 
 FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
 COLUMNS = ["row", "seed", "step", "epoch", "kind", "place", "layer", "depth"]
@@ -48,11 +48,11 @@ def signals_of(table: str) -> pd.DataFrame:
 
 def add_signals(table: str, row: str, seed: int, rows: pd.DataFrame) -> None:
     """Put the signals of one run or network into the table's file, in place of those that may be there."""
-    before = signals_of(table)
-    before = before[(before.row != row) | (before.seed != seed)]
     rows = rows.assign(row=row, seed=seed)
     rows = rows[COLUMNS + [name for name in rows.columns if name not in COLUMNS]]
-    with atomic(RESULTS / f"{table}_signals.csv") as partial:
+    with waited_for(RESULTS), atomic(RESULTS / f"{table}_signals.csv") as partial:
+        before = signals_of(table)
+        before = before[(before.row != row) | (before.seed != seed)]
         (pd.concat([before, rows]) if len(before) else rows).to_csv(partial, index=False, float_format="%.4g")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import keras
 
-from nfzoo import backend
+from nfzoo import backend, recipes
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,19 @@ class Devices:
                 "Expected the JAX backend for several processes: Keras' fit fails under TensorFlow's "
                 "MultiWorkerMirroredStrategy (keras-team/keras#20585). "
                 f"Received: {keras.config.backend()!r}; set KERAS_BACKEND=jax"
+            )
+
+    def check(self, recipe: recipes.Recipe) -> None:
+        """Refuse what the backend cannot do on several devices.
+
+        Raises:
+            ValueError: for accumulated gradients on TensorFlow.
+        """
+        if self.mirrored and recipe.optimizer.accumulate > 1 and keras.config.backend() == "tensorflow":
+            raise ValueError(
+                "Expected optimizer.accumulate=1 under --strategy mirrored: Keras accumulates no gradients under "
+                f"TensorFlow's MirroredStrategy. Received: {recipe.optimizer.accumulate}; set KERAS_BACKEND=jax, or "
+                "take larger batches"
             )
 
     @property

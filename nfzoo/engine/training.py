@@ -61,6 +61,7 @@ def run(
     """
     out, devices = pathlib.Path(out), devices or Devices()
     console = (console or Console()) if devices.leads else Console(quiet=True)
+    devices.check(recipe)
     resolved = folder.options(model, recipe, overrides)
     if (done := folder.result(out, resolved)) is not None:
         console.print(f"{out}: {done['status']} already, nothing to do", markup=False, soft_wrap=True)
