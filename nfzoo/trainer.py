@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 
 import keras
 
@@ -34,6 +35,8 @@ class NFModel(Step, keras.Model):
 
     # A class attribute, not set in __init__: a functional subclass must leave the constructor untouched to load.
     agc: clipping.AGC | None = None
+    clipped_share: keras.metrics.Mean | None = None
+    _evaluates = False
 
     def compile(self, *args, agc: clipping.AGC | None = None, **kwargs) -> None:
         """Configure training as `keras.Model.compile`, with `agc` for adaptive gradient clipping (None: off).
@@ -48,6 +51,33 @@ class NFModel(Step, keras.Model):
             raise ValueError("Expected agc, or an AdaptiveGradientClipping optimizer. Received: both; clip once")
         self.agc = agc
         self._agc_units = None if agc is None else agc.units(self)
+        share = keras.metrics.Mean("agc_clipped") if agc is not None and agc.log_clipped else None
+        object.__setattr__(self, "clipped_share", share)  # Keras would keep track of that of an earlier compile, too
+
+    @property
+    def metrics(self) -> list[keras.Metric]:
+        """Keras' own, and in training with an AGC that logs, the mean share of units that it clips."""
+        kept = self.clipped_share is None or self._evaluates
+        return super().metrics if kept else [*super().metrics, self.clipped_share]
+
+    def evaluate(self, *args, **kwargs):
+        """As `keras.Model.evaluate`."""
+        with self._evaluating():
+            return super().evaluate(*args, **kwargs)
+
+    def test_on_batch(self, *args, **kwargs):
+        """As `keras.Model.test_on_batch`."""
+        with self._evaluating():
+            return super().test_on_batch(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Without metrics of training: Keras takes those of the model only where a step tells all of them."""
+        object.__setattr__(self, "_evaluates", True)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_evaluates", False)
 
     def agc_axes(self) -> list:
         """Unit axes of the trainable variables, in their order, as decided when the model was compiled."""

@@ -162,6 +162,25 @@ def test_train_step_applies_the_rule(raw_step, factor):
     assert logs["agc_clipped"][0] == pytest.approx(clipped / total, abs=3 / total)
 
 
+def test_the_share_that_is_logged_is_the_mean_of_an_epoch():
+    """Of every batch, not of the last; and evaluation, which clips nothing, tells nothing of it."""
+    rng, shares = np.random.default_rng(0), []
+    x, y = rng.standard_normal((20, 16, 16, 3)).astype("float32"), np.arange(20) % 4
+    x[16:] *= 1e-4  # a batch of small gradients
+    model = nfzoo.build("nf_test_resnet", input_shape=(16, 16, 3), classes=4)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.0), loss, agc=nfzoo.AGC(0.02, log_clipped=True))
+    for start in range(0, 20, 4):
+        model.reset_metrics()
+        logs = model.train_on_batch(x[start : start + 4], y[start : start + 4], return_dict=True)
+        shares.append(logs["agc_clipped"])
+    assert max(shares) > 1.05 * min(shares)
+    history = model.fit(x, y, batch_size=4, shuffle=False, verbose=0, validation_data=(x, y)).history
+    assert history["agc_clipped"] == [pytest.approx(np.mean(shares), rel=1e-5)]
+    assert sorted(history) == ["agc_clipped", "loss", "val_loss"]
+    assert model.evaluate(x, y, verbose=0, return_dict=True).keys() == {"loss"}
+
+
 def test_no_agc_no_change_and_no_log(raw_step):
     _, _, gradients, logs = raw_step
     assert "agc_clipped" not in logs

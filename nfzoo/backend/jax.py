@@ -50,16 +50,15 @@ def train_step(model: keras.Model, state, data, live=None, taps=None):
     clipped = agc.clip(raw, trainable, model.agc_axes(), scale)[1] if log else None
     with clipping(model):
         trainable, optimizer_variables = model.optimizer.stateless_apply(optimizer_variables, raw, trainable)
-    if live:
-        paths = [v.path for v in model.trainable_variables]
-        by_path = [dict(zip(paths, values, strict=True)) for values in (trainable, raw, before)]
-        told = (seen, by_path[0], unscaled(at_taps, scale), unscaled(by_path[1], scale), by_path[2])
-        with keras.StatelessScope(list(zip(model.metrics_variables, metrics_variables, strict=True))) as scope:
-            live.update_state(*told)
-        metrics_variables = [scope.get_current_value(v) for v in model.metrics_variables]
+    with keras.StatelessScope(list(zip(model.metrics_variables, metrics_variables, strict=True))) as scope:
+        if live:
+            paths = [v.path for v in model.trainable_variables]
+            by_path = [dict(zip(paths, values, strict=True)) for values in (trainable, raw, before)]
+            live.update_state(seen, by_path[0], unscaled(at_taps, scale), unscaled(by_path[1], scale), by_path[2])
+        if log:
+            model.clipped_share.update_state(clipped)
+    metrics_variables = [scope.get_current_value(v) for v in model.metrics_variables]
     logs, metrics_variables = model._update_metrics_variables(metrics_variables, loss, x, y, y_pred, sample_weight)
-    if log:
-        logs = {**logs, "agc_clipped": clipped}
     return logs, (trainable, non_trainable, optimizer_variables, metrics_variables)
 
 

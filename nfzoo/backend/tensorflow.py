@@ -60,8 +60,9 @@ def train_step(model: keras.Model, data, live=None, taps=None):
 
     size = tf.shape(tf.nest.flatten(x)[0])[0]
     model._loss_tracker.update_state(loss * replicas, sample_weight=size)
-    logs = model.compute_metrics(x, y, y_pred, sample_weight)
-    return {**logs, "agc_clipped": clipped} if log else logs
+    if log:
+        model.clipped_share.update_state(clipped)
+    return model.compute_metrics(x, y, y_pred, sample_weight)
 
 
 def observe(model: keras.Model, live, taps: dict[str, keras.Layer]):
