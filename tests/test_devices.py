@@ -39,7 +39,7 @@ import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from rich.console import Console
-from nfzoo import engine
+from nfzoo import engine, recipes
 recipe = recipes.override(recipes.get("demo"), json.loads('{json.dumps(SMALL)}'))
 for name, mirrored in (("one", False), ("two", True)):
     devices = engine.Devices(mirrored=mirrored)
