@@ -138,6 +138,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_second_part(overrides
     assert metrics["status"] == "diverged" and metrics["epochs"] == 0
 
 
+def test_where_a_run_diverges_in_its_second_part_is_found(overrides, tmp_path, console):
+    """The checkpoint between the parts is compiled for the first, in which the body rests."""
+    recipe = _recipe(**{"optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "batch_size": 32})
+    metrics = engine.run(MODEL, recipe, tmp_path / "run", overrides=overrides, taps=None, console=console)
+    assert metrics["status"] == "diverged" and metrics["epochs"] == FROZEN
+    assert metrics["diverged_in"].split()[:2] in (["output", "of"], ["weights", "of"])
+
+
 def test_a_classifier_of_as_many_classes_is_new_too(tmp_path, watched, console):
     """Ten classes of one set are not the ten of another."""
     path = weights.save(nfzoo.build(MODEL, classes=4), tmp_path / "four.safetensors")

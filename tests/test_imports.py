@@ -138,7 +138,7 @@ ALLOWED = {
     "tune/space.py": {"recipes"},
     "tune/plan.py": {"tune.space"},
     "tune/results.py": {"recipes", "tune.space"},
-    "tune/trials.py": {"engine", "files", "tune.plan", "tune.space"},
+    "tune/trials.py": {"callbacks", "engine", "files", "tune.plan", "tune.space"},
     "tune/workers.py": {"tune", "tune.plan", "tune.space", "tune.trials"},
     "tune/progress.py": {"tune.plan", "tune.trials"},
     "tune/lr_range.py": {"data", "engine", "engine.learning", "recipes"},

@@ -13,7 +13,7 @@ from typing import IO
 import keras
 from rich.console import Console
 
-from nfzoo import engine
+from nfzoo import callbacks, engine
 from nfzoo.files import atomic, to_json
 from nfzoo.tune.plan import result
 from nfzoo.tune.space import Spec, Trial
@@ -80,7 +80,7 @@ def out_of_memory(error: BaseException) -> bool:
 @contextlib.contextmanager
 def _killed_before(out: pathlib.Path, name: str) -> Iterator[int]:
     """How often a trial was killed since its newest checkpoint. Who is killed cannot say so: who starts signs up."""
-    place = max((path.name for path in (out / name / "checkpoints").glob("model-*.keras")), default="start")
+    place = next((path.name for path in callbacks.pairs(out / name / "checkpoints")), "start")
     path = out / "logs" / f"{name}.starts"
     starts = path.read_text().split() if path.exists() else []
     times = len(list(itertools.takewhile(lambda start: start == place, reversed(starts))))
