@@ -132,6 +132,19 @@ def test_a_run_that_stops_behind_its_last_checkpoint_ends_as_an_undisturbed_one(
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_lock_on_a_file_that_was_taken_away_is_none(tmp_path, monkeypatch):
+    """Its holder ended between our opening and our locking it: the next process would lock another file."""
+    lock = folders.fcntl.flock
+
+    def late(file, how):
+        lock(file, how)
+        (tmp_path / "run" / ".lock").unlink()
+
+    monkeypatch.setattr(folders.fcntl, "flock", late)
+    with pytest.raises(ValueError, match="no other process"), folders.locked(tmp_path / "run"):
+        pass
+
+
 def test_a_run_goes_on_as_it_began_or_not_at_all(tmp_path, monkeypatch, console):
     """Other images, another backend, other layers watched: each would be half of another run."""
     out = tmp_path / "run"

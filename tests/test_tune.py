@@ -186,6 +186,12 @@ def test_a_trial_that_is_not_compared_is_refused(tmp_path, console):
             tune.scan(["sn_test_ffnn"], [0.1], recipe, tmp_path, console=console)
 
 
+@pytest.mark.parametrize("content", [b'{"status": "comp', b'{"status": "\xa0"}'])
+def test_a_damaged_result_is_none(tmp_path, content):
+    (tmp_path / "metrics.json").write_bytes(content)
+    assert plan.result(tmp_path) is None
+
+
 def test_a_full_disk_is_no_lack_of_memory():
     assert not trials.out_of_memory(OSError("RESOURCE_EXHAUSTED: No space left on device"))
     try:
