@@ -73,23 +73,26 @@ def branches(shares: pd.DataFrame):
 @styled
 def contest(trials: pd.DataFrame, finals: pd.DataFrame, to_beat: str):
     """Candidates, best first: validation accuracy of their trials by learning rate; test accuracy of finals by seed."""
-    best = trials.groupby("row").val_accuracy.max()
+    best, finals = trials.groupby("row").val_accuracy.max(), finals.dropna(subset="test_accuracy")
     rank = finals.groupby("row").test_accuracy.mean().reindex(best.index).fillna(-1.0)
     names = sorted(best.index, key=lambda name: (rank[name], best[name]), reverse=True)
-    made = new_figure(9, 1.2 + 0.3 * len(names))
-    left, right = made.subplots(1, 2, sharey=True)
-    for colour, (rate, tried) in zip(COLOURS, trials.groupby("learning_rate"), strict=False):
-        left.plot(100 * tried.val_accuracy, [names.index(n) for n in tried.row], "o", color=colour, label=f"{rate:g}")
-        tested = finals[finals.learning_rate == rate]
-        right.plot(100 * tested.test_accuracy, [names.index(n) for n in tested.row], "o", color=colour)
+    panels = [(trials, "val_accuracy", f"validation accuracy after {trials.epochs.iloc[0]} epochs, %")]
+    if len(finals):
+        panels.append((finals, "test_accuracy", f"test accuracy, % (a point: a seed; grey: {to_beat})"))
+    made = new_figure(4 + 3 * len(panels), 1.2 + 0.3 * len(names))
+    colours = dict(zip(sorted(trials.learning_rate.unique()), COLOURS, strict=False))
+    axes = made.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (runs, column, label) in zip(axes, panels, strict=True):
+        for rate, part in runs.groupby("learning_rate"):
+            places = [names.index(name) for name in part.row]
+            ax.plot(100 * part[column], places, "o", color=colours[rate], label=f"{rate:g}")
+        ax.set_xlabel(label)
     if to_beat in set(finals.row):
         line = 100 * finals[finals.row == to_beat].test_accuracy
-        right.axvspan(line.min(), line.max(), color="#dddddd", zorder=0)
-    left.set_yticks(range(len(names)), names)
-    left.set_ylim(len(names) - 0.5, -0.5)
-    left.set_xlabel(f"validation accuracy after {trials.epochs.iloc[0]} epochs, %")
-    made.legend(title="learning rate", loc="outside right center")
-    right.set_xlabel(f"test accuracy, % (a point: a seed; grey: {to_beat})")
+        axes[-1].axvspan(line.min(), line.max(), color="#dddddd", zorder=0)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    made.legend(*axes[0].get_legend_handles_labels(), title="learning rate", loc="outside right center")
     return made
 
 

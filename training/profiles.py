@@ -1,4 +1,5 @@
-"""Where the time of a contestant's step goes, by kind of operation: the cases of benchmark.py that miss their aim.
+"""Where the time of a contestant's step goes, by kind of operation: the cases of benchmark.py that miss their aim,
+or meet it by little.
 
     python training/profiles.py                 # measure, and print
     python training/profiles.py --markdown      # of training/results/profiles.csv
