@@ -8,6 +8,7 @@ Importing nfzoo does not import Keras: each public name loads its module on firs
 """
 
 import importlib
+import pkgutil
 import sys
 
 import wrapt
@@ -64,11 +65,19 @@ def __dir__() -> list[str]:
 
 
 # A saved model names its classes by "nfzoo>…"; Keras finds them only once they are registered. So they register as soon
-# as both packages are imported, in either order, and `nfzoo list` need not wait for TensorFlow.
-def _register(keras) -> None:
-    importlib.import_module("nfzoo.schedules")
-    if "nfzoo.backend" not in sys.modules:  # else it is being imported, on behalf of the trainer
+# as both packages are imported, in either order, and `nfzoo list` need not wait for TensorFlow. Where a module of ours
+# is what imports Keras, registration waits for its end: the trainer needs that module whole.
+_PARTS = {f"{__name__}.{part.name}" for part in pkgutil.iter_modules(__path__)}
+_whole: set[str] = set()
+
+
+def _imported(module) -> None:
+    _whole.add(module.__name__)
+    begun = {name for name in _PARTS if name in sys.modules}
+    if "keras" in _whole and begun <= _whole:
+        importlib.import_module("nfzoo.schedules")
         importlib.import_module("nfzoo.trainer")
 
 
-wrapt.register_post_import_hook(_register, "keras")
+for _name in ("keras", *sorted(_PARTS)):
+    wrapt.register_post_import_hook(_imported, _name)

@@ -188,6 +188,41 @@ print(json.dumps(len(sys.argv) - 1))
     fresh_process("import nfzoo.backend.jax, json; print(json.dumps(1))", KERAS_BACKEND="jax")
 
 
+_PARTS = [part.name for part in pkgutil.iter_modules([str(ROOT)])]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(["agc", "optimizers", "backend"], id="three"),
+        pytest.param(_PARTS, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_what_imports_keras_first_registers_our_classes(fresh_process, parts):
+    """Each in a process of its own, where it is what imports Keras: `nfzoo.AGC(0.01)` may be a program's first line."""
+    code = """
+import json, os, sys
+import jax, pandas
+results = {}
+for part in sys.argv[1:]:
+    reading, writing = os.pipe()
+    if not os.fork():
+        __import__(f"nfzoo.{part}")
+        keras = sys.modules.get("keras")
+        found = keras is None or keras.saving.get_registered_object("nfzoo>NFModel") is not None
+        os.write(writing, json.dumps([keras is not None, found]).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        results[part] = json.loads(pipe.read() or "[]")
+    os.wait()
+print(json.dumps(results))
+"""
+    found = fresh_process(code, *parts, KERAS_BACKEND="jax")
+    assert {part for part, [_, registered] in found.items() if registered} == set(parts)
+    assert {"agc", "optimizers", "backend"} <= {part for part, [keras, _] in found.items() if keras}
+
+
 def test_importing_nfzoo_imports_neither_keras_nor_tensorflow(fresh_process):
     code = """
 import json, sys
