@@ -42,12 +42,14 @@ THRESHOLDS: dict[str, Threshold] = {
         "no optimizer recovers from a value that is not finite",
     ),
     "explosion": Threshold(
-        ALARM, 1e4, "second moment over the least one of an earlier layer, or over the layer's own at the start",
+        ALARM, 1e4, "second moment over the least one of an earlier layer, or, outside the range that the "
+        "stream had at the start, over the layer's own there",
         "healthy networks stay below 12, and NF-ResNet-600 with alpha 1 below 52 (1 + 50 alpha²); ResNet-50 without "
         "any normalization reaches 3e4",
     ),
     "collapse": Threshold(
-        ALARM, 1e-6, "second moment over the largest one of an earlier layer, or over the layer's own at the start",
+        ALARM, 1e-6, "second moment over the largest one of an earlier layer, or, outside the range that the "
+        "stream had at the start, over the layer's own there",
         "healthy networks keep 2e-2, and those that see 2x2 maps through 5x5 filters, mostly padding, 5e-5, which they "
         "make good within an epoch; EfficientNet-B0 without normalization keeps 1e-10 and learns nothing",
     ),
@@ -166,14 +168,19 @@ def _alarm(kind: str, row: pd.Series, value: float, text: str, step: int | None 
 
 
 def _change(log: pd.DataFrame, kind: str, extreme: str, beyond: Callable) -> Alarm | None:
-    """Explosion or collapse: by depth within a measurement, or of one layer since the start."""
+    """Explosion or collapse: by depth within a measurement, or of one layer since the start.
+
+    A layer that grows into the range that the stream had at the start recovers, it does not explode.
+    """
     bound, rows = THRESHOLDS[kind].bound, stream(log)
     positive = rows.second_moment.where(rows.second_moment > 0)
     measured, layers = [rows.step, rows.source], [rows.layer, rows.source]
     before = positive.groupby(measured).transform(lambda values: getattr(values, extreme)().ffill().shift())
     rows = rows.assign(by_depth=rows.second_moment / before)
-    rows["in_time"] = rows.second_moment / positive.groupby(layers).transform("first")
-    found = _first(rows[beyond(rows.by_depth, bound) | beyond(rows.in_time, bound)])
+    start = positive.groupby(layers).transform("first")
+    rows["in_time"] = rows.second_moment / start
+    outside = beyond(rows.second_moment, start.groupby(rows.source).transform("max" if bound > 1 else "min"))
+    found = _first(rows[beyond(rows.by_depth, bound) | outside & beyond(rows.in_time, bound)])
     if found is None:
         return None
     row, count = found

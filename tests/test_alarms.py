@@ -80,6 +80,14 @@ def test_growth_since_the_start_is_an_explosion_too():
     assert "its own at the start" in alarm.sentence and "step 30 (epoch 3)" in alarm.sentence
 
 
+def test_growth_into_the_range_of_the_start_is_recovery():
+    """Zero padding leaves the last blocks of an NF-EfficientNet next to nothing; training gives it back."""
+    start = _log([1, 1e-2, 1e-6, 4e-6])
+    assert alarms(pd.concat([start, _log([0.9, 0.3, 0.06, 0.05], step=30)])) == []
+    alarm = _only(pd.concat([start, _log([0.9, 0.3, 0.06, 1.1], step=30)]))
+    assert (alarm.kind, alarm.layer, alarm.step) == ("explosion", "block3", 30)
+
+
 def test_the_first_layer_and_step_are_named():
     log = pd.concat([_log([1, 1, 1, 1]), _log([1, 1, 1e-9, 1e-9], step=5), _log([1, 1e-9, 1e-9, 1e-9], step=9)])
     alarm = _only(log)
