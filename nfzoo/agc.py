@@ -109,6 +109,11 @@ def unit_axes(model: keras.Model, exclude: Iterable[str] = (), vector_units: str
 
     Raises:
         ValueError: for a pattern that matches nothing, or a variable whose units the table does not tell.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.DepthwiseConv2D(3, name="conv")], name="net")
+        >>> unit_axes(model)  # a filter per channel; the bias as one
+        {'net/conv/kernel': (0, 1), 'net/conv/bias': (0,)}
     """
     owner = {id(v): layer for layer in model._flatten_layers() for v in layer.variables}
     result: dict[str, Axes | None] = {}

@@ -138,6 +138,11 @@ def stream(log: pd.DataFrame, kind: str = "activation") -> pd.DataFrame:
 
     Args:
         log: table with kind, place, depth. kind: "activation" or "gradient".
+
+    Example:
+        >>> log = pd.DataFrame({"kind": "activation", "place": ["block", "branch", "block"], "depth": [0, 1, 2]})
+        >>> stream(log).depth.tolist()
+        [0, 2]
     """
     rows = log[log.kind == kind]
     main = rows[rows.place.isin(STREAM)]

@@ -84,6 +84,12 @@ def mixup(images: np.ndarray, labels: np.ndarray, weights: np.ndarray, rng: np.r
         weights: (n,) what each image keeps of itself.
         rng: draws the partners.
 
+    Example:
+        >>> images, labels = np.stack([np.zeros((1, 1, 1)), np.ones((1, 1, 1))]), np.eye(2, dtype=np.float32)
+        >>> x, y = mixup(images, labels, np.array([0.75, 0.75]), np.random.default_rng(3))
+        >>> x.ravel().tolist(), y.tolist()
+        ([0.25, 0.75], [[0.75, 0.25], [0.25, 0.75]])
+
     References: Zhang et al. 2018, arXiv 1710.09412.
     """
     partners, weights = rng.permutation(len(images)), weights.astype(np.float32)
@@ -98,6 +104,13 @@ def cutmix(images: np.ndarray, labels: np.ndarray, weights: np.ndarray, rng: np.
         images, labels: a batch, labels one-hot.
         weights: (n,) what each image keeps of itself, if its box is not cut at the border.
         rng: draws the partners and the middles of the boxes.
+
+    Example:
+        >>> images, labels = np.zeros((2, 8, 8, 3)), np.eye(2, dtype=np.float32)
+        >>> images[1] = 1
+        >>> x, y = cutmix(images, labels, np.array([0.5, 0.5]), np.random.default_rng(3))
+        >>> np.allclose(x.mean((1, 2, 3)), y[:, 1])  # a label's share is that of the pixels
+        True
 
     References: Yun et al. 2019, arXiv 1905.04899.
     """
@@ -127,6 +140,12 @@ def erase(images: np.ndarray, probability: float, rng: np.random.Generator) -> n
         images: a batch.
         probability: of an image to get a box.
         rng: decides.
+
+    Example:
+        >>> images = np.zeros((1000, 8, 8, 3), np.uint8)
+        >>> erased = erase(images, 0.25, np.random.default_rng(0))
+        >>> bool(0.2 < erased.any((1, 2, 3)).mean() < 0.3)
+        True
 
     References: Zhong et al. 2020, arXiv 1708.04896.
     """

@@ -80,6 +80,14 @@ class StopOnNaN(keras.callbacks.Callback):
 
     `step` tells where (1-based, within its epoch). The weights are looked at because a loss can hide them: ReLU makes
     zeros of NaN on a CPU.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        >>> model.compile(keras.optimizers.SGD(1e30), "mse")
+        >>> stop = StopOnNaN()
+        >>> _ = model.fit(np.ones((40, 1)), np.zeros((40, 1)), batch_size=1, verbose=0, callbacks=[stop])
+        >>> stop.step is not None and stop.step < 10
+        True
     """
 
     def __init__(self):

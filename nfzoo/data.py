@@ -90,6 +90,12 @@ def save(data: Data, path: str | pathlib.Path) -> pathlib.Path:
 
     Raises:
         ValueError: for another ending than .npz, and as `load`.
+
+    Example:
+        >>> import tempfile
+        >>> path = save(Data(name="fake"), pathlib.Path(tempfile.mkdtemp()) / "fake.npz")
+        >>> load(Data(name=str(path))).name
+        'fake'
     """
     path = pathlib.Path(path)
     if path.suffix != ".npz":
@@ -197,6 +203,13 @@ def pipeline(images: Images, recipe: Recipe, shard: tuple[int, int] = (0, 1), mu
         images: a data set.
         recipe: its batch size, seed and augmentation.
         shard, multiple: see `Batches`.
+
+    Example:
+        >>> from nfzoo import recipes
+        >>> recipe = recipes.override(recipes.get("demo"), {"data.name": "fake", "batch_size": 16})
+        >>> streams = pipeline(load(recipe.data), recipe)
+        >>> sorted(streams), streams["train"][0][0].shape
+        (['test', 'train', 'validation'], (16, 32, 32, 3))
     """
     common = {"batch_size": recipe.batch_size, "mean": images.mean, "std": images.std, "seed": recipe.seed}
     common |= {"classes": len(images.classes) if recipe.one_hot else None, "shard": shard, "multiple": multiple}

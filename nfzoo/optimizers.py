@@ -221,6 +221,12 @@ class Grouped:
 
     Raises:
         ValueError: at build, for a pattern that matches no variable.
+
+    Example:
+        >>> decay_kernels_only = [{"pattern": "bias|gain|gamma|beta", "weight_decay": 0.0}]
+        >>> optimizer = Adam(1e-3, weight_decay=0.01, groups=decay_kernels_only)
+        >>> keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer)).groups.content
+        [Group(pattern='bias|gain|gamma|beta', learning_rate=1.0, weight_decay=0.0)]
     """
 
     def __init__(self, *args, groups: Sequence[Group | dict] = (), ema_warmup: bool = False, **kwargs):

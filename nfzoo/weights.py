@@ -36,6 +36,12 @@ def save(model: keras.Model, path: str | pathlib.Path) -> pathlib.Path:
 
     Raises:
         ValueError: for another ending than .safetensors.
+
+    Example:
+        >>> import nfzoo, tempfile
+        >>> path = save(nfzoo.build("nf_test_resnet"), pathlib.Path(tempfile.mkdtemp()) / "nf.safetensors")
+        >>> path.name, path.stat().st_size > 1000
+        ('nf.safetensors', True)
     """
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":

@@ -133,6 +133,13 @@ def save(
 
     Raises:
         ValueError: for an architecture that timm does not have or computes otherwise, another target or ending.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "resnet.safetensors"
+        >>> _ = save(registry.build("bn_test_resnet"), path)
+        >>> load("bn_test_resnet", "timm", path).count_params() == registry.build("bn_test_resnet").count_params()
+        True
     """
     import safetensors.numpy
 

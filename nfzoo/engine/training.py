@@ -58,6 +58,13 @@ def run(
         ValueError: if the folder holds another run, if another process trains in it, or if every checkpoint of it is
             damaged.
         nfzoo.callbacks.Terminated: on SIGTERM, once the state is saved.
+
+    Example:
+        >>> import nfzoo, tempfile
+        >>> recipe = nfzoo.recipes.override(nfzoo.recipes.get("demo"), {"data.name": "fake", "epochs": 1})
+        >>> metrics = run("sn_test_efficientnet", recipe, tempfile.mkdtemp(), console=Console(quiet=True))
+        >>> metrics["status"], metrics["epochs"]
+        ('complete', 1)
     """
     out, devices = pathlib.Path(out), devices or Devices()
     console = (console or Console()) if devices.leads else Console(quiet=True)

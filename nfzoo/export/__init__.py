@@ -69,6 +69,12 @@ def export(
         FileExistsError: if `to` exists.
         ImportError: if what a format needs is not installed.
         RuntimeError: if the artefact does not load on its own.
+
+    Example:
+        >>> import nfzoo, tempfile
+        >>> entry = export("nf_test_resnet", pathlib.Path(tempfile.mkdtemp()) / "nf.onnx", classes=list("0123456789"))
+        >>> entry["input"]["shape"], entry["largest_relative_difference"] < 1e-4
+        ([None, 32, 32, 3], True)
     """
     to = pathlib.Path(to)
     name = formats.format_of(to, format)

@@ -40,6 +40,13 @@ def serve_check(path: str | pathlib.Path, images: list[str | pathlib.Path] = (),
     Raises:
         ValueError: what is no artefact, or an input that is no image.
         OSError: an image that cannot be read.
+
+    Example:
+        >>> import nfzoo, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "nf.onnx"
+        >>> _ = nfzoo.export.export("nf_test_resnet", path)
+        >>> serve_check(path).card["model"]
+        'nf_test_resnet'
     """
     run, signature = runtimes.load(path)
     card = cards.read(path)

@@ -31,6 +31,13 @@ def standardize(kernel: Any, axes: Sequence[int], gain: Any = None, epsilon: flo
     Returns:
         The effective kernel, shape of `kernel`.
 
+    Example:
+        >>> import numpy as np
+        >>> kernel = np.random.default_rng(0).normal(5, 2, (3, 3, 8, 4)).astype("float32")
+        >>> unit = np.asarray(standardize(kernel, axes=(0, 1, 2)))[..., 0]  # what makes one output channel
+        >>> abs(float(unit.mean())) < 1e-6, round(float((unit**2).sum()), 4)
+        (True, 1.0)
+
     References: NF-ResNet paper (arXiv 2101.08692), section 4; NFNet paper (arXiv 2102.06171), equation 1.
     """
     fan_in = math.prod(kernel.shape[axis] for axis in axes)
@@ -158,6 +165,13 @@ class ScaledStdConv2D(_ScaledStd, Conv2D):
 
     Input shape: (batch, height, width, in). Output shape: as `keras.layers.Conv2D`.
 
+    Example:
+        >>> import numpy as np
+        >>> layer = ScaledStdConv2D(64, 3, gamma=1.7881)  # SiLU's gain
+        >>> y = layer(np.random.default_rng(0).standard_normal((1, 16, 16, 32)).astype("float32"))
+        >>> tuple(y.shape), tuple(layer.gain.shape)
+        ((1, 14, 14, 64), (64,))
+
     References: NFNet paper (arXiv 2102.06171), equation 1 and section 3.
     """
 
@@ -179,6 +193,13 @@ class ScaledStdDepthwiseConv2D(_ScaledStd, DepthwiseConv2D):
         **kwargs: of `keras.layers.DepthwiseConv2D`.
 
     Input shape: (batch, height, width, channels). Output shape: as `keras.layers.DepthwiseConv2D`.
+
+    Example:
+        >>> import numpy as np
+        >>> layer = ScaledStdDepthwiseConv2D(3, padding="same")
+        >>> y = layer(np.ones((1, 5, 5, 4), "float32"))
+        >>> tuple(y.shape), abs(float(y[0, 2, 2, 0])) < 1e-6  # a constant away from the border: the kernel's mean is 0
+        ((1, 5, 5, 4), True)
     """
 
     fan_in_axes = (0, 1)

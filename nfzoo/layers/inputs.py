@@ -24,6 +24,13 @@ class StandardizeInput(keras.layers.Layer):
 
     Input shape: (batch, height, width, channels). Output shape: the same.
 
+    Example:
+        >>> import numpy as np
+        >>> x = np.random.default_rng(0).normal(3, 5, (4, 8, 8, 16))
+        >>> y = np.asarray(StandardizeInput()(x))
+        >>> round(abs(float(y.mean())), 4), round(float(y.std()), 4)
+        (0.0, 1.0)
+
     References: EUNNet (IEEE Access 2023), equation 8, appendix, and the authors' code.
     """
 
@@ -65,6 +72,12 @@ class CenteringBias(keras.layers.Layer):
         calls: batches to average.
 
     Input shape: (batch, ..., channels). Output shape: the same.
+
+    Example:
+        >>> import numpy as np
+        >>> layer, x = CenteringBias(calls=1), np.full((2, 3), 5.0, "float32")
+        >>> float(layer(x, training=True)[0, 0]), float(layer(x)[0, 0]), float(layer(2 * x)[0, 0])
+        (0.0, 0.0, 5.0)
 
     References: RescaleNet (Shao et al., NeurIPS 2020) and its code.
     """

@@ -62,6 +62,12 @@ class StochasticDepth(keras.layers.Layer):
 
     Input shape: any, batch first. Output shape: the same.
 
+    Example:
+        >>> import numpy as np
+        >>> y = StochasticDepth(0.5, seed=0)(np.ones((1000, 2)), training=True)
+        >>> set(np.unique(y).tolist()), bool((np.asarray(y)[:, 0] == np.asarray(y)[:, 1]).all())
+        ({0.0, 2.0}, True)
+
     References: Huang et al. 2016 (arXiv 1603.09382).
     """
 
@@ -94,6 +100,12 @@ class Affine(keras.layers.Layer):
         gain: initial value of the gain; None for none. The bias starts at 0.
 
     Input shape: any. Output shape: the same.
+
+    Example:
+        >>> import numpy as np
+        >>> layer = Affine(gain=2.0)
+        >>> float(layer(np.ones((1, 1)))[0, 0]), [variable.name for variable in layer.weights]
+        (2.0, ['gain', 'bias'])
 
     References: Fixup (arXiv 1901.09321), section 3, rule 3.
     """
@@ -128,6 +140,11 @@ class PadChannels(keras.layers.Layer):
 
     Input shape: (batch, height, width, c <= channels). Output shape: (batch, height, width, channels).
 
+    Example:
+        >>> import numpy as np
+        >>> np.asarray(PadChannels(4)(np.ones((1, 1, 1, 2))))[0, 0, 0].tolist()
+        [1.0, 1.0, 0.0, 0.0]
+
     References: He et al. 2015 (arXiv 1512.03385), section 3.3.
     """
 
@@ -154,6 +171,12 @@ class MaxPool2D(keras.layers.MaxPooling2D):
     Args:
         pad: pixels on each side.
         **kwargs: of `keras.layers.MaxPooling2D`; its own padding stays "valid".
+
+    Example:
+        >>> import numpy as np
+        >>> y = MaxPool2D(3, strides=2, pad=1)(-np.ones((1, 4, 4, 1)))
+        >>> tuple(y.shape), float(np.max(y))
+        ((1, 2, 2, 1), -1.0)
     """
 
     def __init__(self, *args, pad: int = 0, **kwargs):

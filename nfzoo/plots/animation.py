@@ -29,6 +29,12 @@ def frames(
 
     Raises:
         ValueError: as it does.
+
+    Example:
+        >>> log = pd.DataFrame({"kind": "activation", "place": "block", "layer": "stem_out", "depth": 0,
+        ...                     "step": [0, 79], "epoch": [0, 1], "acsm": [0.0, 0.2], "acv": [1.0, 0.8]})
+        >>> [figure.get_suptitle() for figure in frames({"SN": log}, ["variance"])]
+        ['at initialisation', 'epoch 1']
     """
     logs = check(logs)
     grids = [grid for _, row in select_all(logs, panels) for grid in row.values()]
@@ -73,6 +79,15 @@ def animate(
 
     Raises:
         ValueError: for another ending.
+
+    Example:
+        >>> import tempfile
+        >>> log = pd.DataFrame({"kind": "activation", "place": "block", "layer": "stem_out", "depth": 0,
+        ...                     "step": [0, 79], "epoch": [0, 1], "acsm": [0.0, 0.2], "acv": [1.0, 0.8]})
+        >>> [path] = animate({"SN": log}, pathlib.Path(tempfile.mkdtemp()) / "sn.gif", ["variance"])
+        >>> with Image.open(path) as film:
+        ...     film.n_frames
+        2
     """
     path = pathlib.Path(path)
     if not path.suffix:

@@ -52,6 +52,13 @@ def signal_propagation(
 
     Raises:
         ValueError: for an unknown panel, an empty log, or logs that recorded none of this.
+
+    Example:
+        >>> log = pd.DataFrame({"kind": "activation", "place": "block", "layer": ["stem_out", "stage1_block1_out"],
+        ...                     "depth": [0, 1], "step": 0, "epoch": 0, "acsm": [0.0, 0.2], "acv": [1.0, 0.8]})
+        >>> figure = signal_propagation({"SN": log, "NF": log}, ["mean", "variance"])
+        >>> len(figure.axes), figure.axes[1].get_title()
+        (4, 'NF')
     """
     logs = check(logs)
     rows = select_all(logs, panels)
@@ -79,6 +86,12 @@ def epochs(
     Args:
         logs, panels, theory: see `signal_propagation`.
         most: columns, evenly over the steps; the first and the last are among them.
+
+    Example:
+        >>> log = pd.DataFrame({"kind": "activation", "place": "block", "layer": "stem_out", "depth": 0,
+        ...                     "step": [0, 79], "epoch": [0, 1], "acsm": [0.0, 0.2], "acv": [1.0, 0.8]})
+        >>> [axes.get_title() for axes in epochs({"SN": log}, ["variance"]).axes]
+        ['at initialisation', 'epoch 1']
     """
     logs = check(logs)
     rows = select_all(logs, panels)
@@ -107,6 +120,13 @@ def compare(
     Args:
         logs, panels, theory: see `signal_propagation`.
         at: "first" (at initialisation), "last", or both: rows of the figure.
+
+    Example:
+        >>> log = pd.DataFrame({"kind": "activation", "place": "block", "layer": ["stem_out", "stage1_block1_out"],
+        ...                     "depth": [0, 1], "step": 0, "epoch": 0, "acsm": [0.0, 0.2], "acv": [1.0, 0.8]})
+        >>> figure = compare({"SN": log, "NF": log}, ["variance"])
+        >>> [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+        ['SN', 'NF']
     """
     logs = check(logs)
     if unknown := set(at) - {"first", "last"}:
@@ -133,6 +153,12 @@ def history(logs: Logs, panels: Panels = PROPAGATION, *, layers: Sequence[str] |
     Args:
         logs, panels: see `signal_propagation`.
         layers: names; default: at most `most`, evenly over depth. A row shows those that have its quantity.
+
+    Example:
+        >>> log = pd.DataFrame({"kind": "activation", "place": "block", "layer": "stem_out", "depth": 0,
+        ...                     "step": [0, 79], "epoch": [0, 1], "acsm": [0.0, 0.2], "acv": [1.0, 0.8]})
+        >>> history({"SN": log}, ["variance"]).axes[0].get_xlabel()
+        'epoch'
     """
     logs = check(logs)
     rows = select_all(logs, panels)
@@ -173,6 +199,12 @@ def heatmap(logs: Logs, panel: str | Quantity = "variance") -> Figure:
     Args:
         logs: see `signal_propagation`.
         panel: a key of `PANELS`.
+
+    Example:
+        >>> log = pd.DataFrame({"kind": "activation", "place": "block", "layer": "stem_out", "depth": 0,
+        ...                     "step": [0, 79], "epoch": [0, 1], "acsm": [0.0, 0.2], "acv": [1.0, 0.8]})
+        >>> heatmap({"SN": log}, "variance").axes[0].get_title()
+        'SN'
     """
     logs = check(logs)
     ((what, grids),) = select_all(logs, [panel])

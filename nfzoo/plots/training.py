@@ -17,6 +17,12 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
 
     Args:
         runs: title -> table of a run's history.csv.
+
+    Example:
+        >>> table = pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.5], "accuracy": [0.3, 0.4], "val_loss": [2.1, 1.7],
+        ...                       "val_accuracy": [0.2, 0.3]})
+        >>> [axes.get_ylabel() for axes in histories({"SN": table}).axes]
+        ['loss', 'accuracy']
     """
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -41,6 +47,13 @@ def scan(summary: pd.DataFrame, x: str = "learning_rate") -> Figure:
     Args:
         summary: table of `nfzoo.tune.summary`.
         x: its column along which to draw.
+
+    Example:
+        >>> summary = pd.DataFrame({"model": "sn_efficientnet_b0", "learning_rate": [1e-3, 1e-2], "mean": [0.3, 0.01],
+        ...                         "std": [0.01, 0.0], "diverged": [0, 2], "out_of_memory": 0})
+        >>> axes = scan(summary).axes[0]
+        >>> axes.get_xlabel(), axes.get_xscale()
+        ('learning rate', 'log')
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -83,6 +96,11 @@ def range_test(table: pd.DataFrame, suggestions: Mapping[str, float]) -> Figure:
     Args:
         table: `nfzoo.tune.RangeTest.table`.
         suggestions: name -> learning rate.
+
+    Example:
+        >>> table = pd.DataFrame({"learning_rate": [1e-3, 1e-2, 1e-1], "loss": [2, 1, 9], "smoothed": [2.0, 1.4, 3.0]})
+        >>> range_test(table, {"tenth": 1e-3}).axes[0].get_xscale()
+        'log'
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

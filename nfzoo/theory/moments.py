@@ -51,6 +51,11 @@ class Moments:
         pair: distribution of two pixels of a channel, where it is not taken as normal.
         scatter: share of acv that the mean over a batch of n pixels scatters by, over n: 0 after batch normalization,
             which subtracts that very mean.
+
+    Example:
+        >>> noise = Moments((1, None, None, 8))
+        >>> noise.second_moment, noise.scaled(2.0).acv
+        (1.0, 4.0)
     """
 
     shape: tuple

@@ -63,6 +63,14 @@ def scan(
     Raises:
         ValueError: for settings that fit no recipe, before anything is made.
         Exception: that of a trial that could not run; finished trials are kept and a second call does the missing ones.
+
+    Example:
+        >>> import nfzoo, tempfile
+        >>> recipe = nfzoo.recipes.override(nfzoo.recipes.get("demo"), {"data.name": "fake", "epochs": 1})
+        >>> quiet = Console(quiet=True)
+        >>> table = scan(["sn_test_efficientnet"], [1e-3], recipe, tempfile.mkdtemp(), seeds=[0], console=quiet)
+        >>> table[["learning_rate", "status"]].values.tolist()
+        [[0.001, 'complete']]
     """
     return scanned(
         models, {LEARNING_RATE: learning_rates, **(axes or {})}, recipe, out, seeds=seeds, overrides=overrides,
