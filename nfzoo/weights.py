@@ -7,6 +7,7 @@ Nothing here unpickles. A tag ("cifar100") is looked up as `<model>.<tag>` in ma
 where it is set, else saved_models of a checkout, else .cache/nfzoo in the user's folder.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -21,6 +22,11 @@ import safetensors.numpy
 from nfzoo.files import atomic, sha256
 
 _LISTED = 6
+# What two readings of one architecture differ in, with weights of the same names and shapes.
+_READING = (
+    "filters", "kernel_size", "strides", "padding", "dilation_rate", "groups", "pool_size", "epsilon", "epsilon_mode",
+    "gamma", "activation", "scale", "skip_scale", "branch_scale", "magnitude_preserving", "statistics",
+)  # fmt: skip
 _TOP = ("top_", "head/")  # beginnings of the paths that a model without its classifier may lack
 
 
@@ -48,19 +54,59 @@ def save(model: keras.Model, path: str | pathlib.Path) -> pathlib.Path:
         raise ValueError(f"Expected a path that ends with .safetensors. Received: {path}")
     # In C order for safetensors; np.ascontiguousarray would make a vector of a scalar.
     tensors = {v.path: np.asarray(keras.ops.convert_to_numpy(v), order="C") for v in model.weights}
+    metadata = {"model": model.name, "format": "nfzoo", "reading": json.dumps(reading(model))}
     with atomic(path) as partial:
         # Its save_file makes files that nobody else may read.
-        partial.write_bytes(safetensors.numpy.save(tensors, metadata={"model": model.name, "format": "nfzoo"}))
+        partial.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
     return path
 
 
-def load(model: keras.Model, weights: str | pathlib.Path, name: str | None = None) -> None:
+def reading(model: keras.Model) -> dict[str, dict]:
+    """What the layers of a model compute beside their weights, by name: strides, padding, epsilon, alpha and the like.
+
+    The classifier, dropout and preprocessing may differ between networks that share weights and are left out.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+        >>> reading(model)["conv"]["strides"]
+        [1, 1]
+    """
+    found = {}
+    for layer in model.layers:
+        if layer.name in ("head", "preprocess") or "drop" in layer.name:
+            continue
+        with contextlib.suppress(NotImplementedError):  # somebody's layer that tells nothing
+            config = layer.get_config()
+            found[layer.name] = {key: config[key] for key in _READING if key in config}
+    return json.loads(json.dumps(found, default=str))  # as it comes back from a file
+
+
+def _check_reading(model: keras.Model, stored: dict[str, dict] | None, path: pathlib.Path) -> None:
+    ours = reading(model) if stored else {}
+    differing = [
+        f"{layer} {key} {there[key]} for {ours[layer][key]}"
+        for layer, there in (stored or {}).items()
+        for key in there.keys() & ours.get(layer, {}).keys()
+        if there[key] != ours[layer][key]
+    ]
+    if differing:
+        raise ValueError(
+            f"Expected weights of {model.name} as it was built. Received: {path}, of a network that computes otherwise "
+            f"with the same names and shapes: {shorten(differing)}. Build with the overrides that it had (dialect=, "
+            "stem=, padding=, epsilon=, …: options.json of a run tells them), or take the weights as they are by "
+            "nfzoo.weights.load(model, path, strict=False)"
+        )
+
+
+def load(model: keras.Model, weights: str | pathlib.Path, name: str | None = None, strict: bool = True) -> None:
     """Load weights into a built model.
 
     Args:
         model: is changed only if every weight has its counterpart. Without a layer "head" it may lack the top.
         weights: path of a .safetensors, .keras or .weights.h5 file, or a tag of the manifest.
         name: model name that the tag belongs to.
+        strict: refuse weights of a network that computes otherwise with them (other strides, padding, epsilon). Files
+            of nfzoo and .keras files tell; .weights.h5 and .safetensors of others do not.
 
     Raises:
         FileNotFoundError: no such file or tag.
@@ -76,7 +122,7 @@ def load(model: keras.Model, weights: str | pathlib.Path, name: str | None = Non
     if path.name.endswith(".weights.h5"):
         _load_h5(model, path)
         return
-    source = _read(path)
+    source, computed = _read(path)
     if not source.keys() & {v.path for v in model.weights}:
         raise ValueError(
             f"Expected the weights of {model.name}. Received: {path}, which has none of their names but "
@@ -84,6 +130,8 @@ def load(model: keras.Model, weights: str | pathlib.Path, name: str | None = Non
             "nfzoo.convert.load."
         )
     whole = any(layer.name == "head" for layer in model.layers)
+    if strict and source.keys() >= {v.path for v in model.weights}:  # else `fill` says which are missing
+        _check_reading(model, computed, path)
     fill(model, source, path, spare=frozenset() if whole else {key for key in source if key.startswith(_TOP)})
 
 
@@ -204,18 +252,28 @@ def read_keras(path: pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: for a file that Keras does not load.
     """
+    return _tensors(_stored(path))
+
+
+def _stored(path: pathlib.Path) -> keras.Model:
     try:
-        stored = keras.saving.load_model(path, compile=False)
+        return keras.saving.load_model(path, compile=False)
     except Exception as error:
         raise ValueError(f"Expected a saved Keras model. Received: {path}, which fails with: {error}") from None
-    return {v.path: keras.ops.convert_to_numpy(v) for v in stored.weights}
 
 
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _tensors(model: keras.Model) -> dict[str, np.ndarray]:
+    return {v.path: keras.ops.convert_to_numpy(v) for v in model.weights}
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict | None]:
+    """The weights of a file, and what their network computes with them; None where the file does not say."""
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        tensors = read_safetensors(path)
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return tensors, json.loads((file.metadata() or {}).get("reading", "null"))
     if path.suffix == ".keras":
-        return read_keras(path)
+        return _tensors(stored := _stored(path)), reading(stored)
     raise ValueError(
         f"Expected weights as .safetensors, .keras or .weights.h5. Received: {path}. Pickles (.pkl, .pth, .bin) are "
         "not read."

@@ -66,6 +66,24 @@ def test_weights_of_another_architecture_are_listed_and_nothing_is_written(model
     assert all(np.array_equal(a, b) for a, b in zip(before, target.get_weights(), strict=True))
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".keras"])
+@pytest.mark.parametrize("overrides", [{"stem": "small"}, {"dialect": "timm"}, {"epsilon": 1e-5}])
+def test_weights_of_a_network_that_computes_otherwise_are_refused(overrides, suffix, tmp_path):
+    """Strides, padding and epsilon are no weights: names and shapes fit, and the outputs would be others."""
+    path = tmp_path / f"other{suffix}"
+    other = nfzoo.build("bn_test_efficientnet", **overrides)
+    other.save(path) if suffix == ".keras" else weights.save(other, path)
+    assert _same(nfzoo.build("bn_test_efficientnet", weights=path, **overrides), other)
+    net = nfzoo.build("bn_test_efficientnet")
+    before = net.get_weights()
+    with pytest.raises(ValueError, match=r"computes otherwise.*stem_(conv1 strides|conv1 padding|norm1 epsilon)"):
+        weights.load(net, path)
+    assert all(map(np.array_equal, before, net.get_weights()))
+    weights.load(net, path, strict=False)
+    assert _same(net, other)
+    nfzoo.build("bn_test_efficientnet", weights=path, include_top=False, include_preprocessing=True, **overrides)
+
+
 def test_keras_weights_that_do_not_fit_leave_the_model_as_it_was(model, tmp_path):
     """None's lack the norms; Keras would load GN's into NONE and pass over the norms without a word."""
     plain = nfzoo.build("none_test_efficientnet")

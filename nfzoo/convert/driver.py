@@ -12,7 +12,7 @@ import numpy as np
 from nfzoo import names, registry
 from nfzoo.convert import deepmind, keras_applications, timm
 from nfzoo.files import atomic
-from nfzoo.weights import fill, shorten
+from nfzoo.weights import fill, reading, shorten
 
 SOURCES: dict[str, ModuleType] = {"timm": timm, "deepmind": deepmind, "keras": keras_applications}
 
@@ -92,25 +92,13 @@ def as_tensors(
     return tensors
 
 
-# What two readings of one architecture differ in.
-_READING = (
-    "filters", "kernel_size", "strides", "padding", "groups", "pool_size", "epsilon", "epsilon_mode", "gamma",
-    "activation", "scale", "skip_scale", "branch_scale",
-)  # fmt: skip
-
-
 def _check_reading(model: keras.Model, name: str, target: str, options: dict) -> None:
     """Refuse a model that computes something else than the target with the same numbers."""
-
-    def reading(net):
-        config = {layer.name: layer.get_config() for layer in net.layers if layer.name not in ("image", "head")}
-        return {layer: {key: c[key] for key in _READING if key in c} for layer, c in config.items()}
-
     with keras.StatelessScope():  # shapes and settings only: no weight is drawn
         settings = {**registry.overrides_of(options), "input_shape": model.input_shape[1:], "dropout_rate": 0.0}
         expected = registry.build(name, **settings)
     ours, theirs = reading(model), reading(expected)
-    layers = [layer for layer in ours if "drop" not in layer and ours[layer] != theirs.get(layer)]
+    layers = [layer for layer in ours if ours[layer] != theirs.get(layer)]
     if layers:
         raise ValueError(
             f"Expected a model that {target} computes alike. Received: {model.name}, which differs in "
