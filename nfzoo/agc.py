@@ -8,6 +8,7 @@ Pure functions first, then the table that says what a unit is, then the configur
 References: Brock et al. 2021 (NFNet, arXiv 2102.06171), section 4, equation 3.
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +42,8 @@ def clip(gradient: Any, weight: Any, axes: Sequence[int], clip_factor: float, ep
         scale: what the gradient is multiplied with (the loss scale of mixed precision); the clipped gradient keeps it.
 
     Returns:
-        The clipped gradient, and a boolean tensor telling which units were clipped.
+        The clipped gradient, and a boolean tensor telling which units were clipped. A gradient beyond 1e19, whose norm
+        float32 cannot hold, becomes zero; one that is not finite becomes NaN.
 
     Example:
         >>> import numpy as np
@@ -59,9 +61,8 @@ def clip(gradient: Any, weight: Any, axes: Sequence[int], clip_factor: float, ep
     limit = clip_factor * ops.maximum(unitwise_norm(weight, axes), eps) * scale
     norm = unitwise_norm(gradient, axes)
     clipped = norm > limit
-    # One factor per unit, so that the gradient is passed over once; 1 leaves its bits as they are. The floor only
-    # guards what `where` discards: a norm above its limit is far from zero.
-    factor = ops.where(clipped, limit / ops.maximum(norm, 1e-6 * scale), 1.0)
+    # One factor per unit, so that the gradient is passed over once; 1 leaves its bits as they are.
+    factor = ops.where(clipped, limit, 1.0) / ops.where(clipped, norm, 1.0)
     return ops.cast(gradient * factor, given), clipped
 
 
@@ -102,7 +103,8 @@ def unit_axes(model: keras.Model, exclude: Iterable[str] = (), vector_units: str
     Args:
         model: a built model.
         exclude: regular expressions on variable paths, e.g. "head/kernel"; what one matches is not clipped.
-        vector_units: "tensor" takes one norm over a vector or scalar (DeepMind), "element" one per entry (timm).
+        vector_units: "tensor" takes one norm over a vector or scalar (DeepMind), "element" one per entry (as timm does
+            for gains, not for biases).
 
     Returns:
         Path -> the axes of the norm, in model order; None for an excluded variable.
@@ -171,7 +173,7 @@ class AGC:
             above; smaller batches bear larger values.
         eps: floor of the weight norm.
         exclude: regular expressions on variable paths left unclipped; default: the classifier's weight (not its bias).
-        vector_units: unit of biases, gains and scalars: "tensor" (DeepMind) or "element" (timm).
+        vector_units: unit of biases, gains and scalars: "tensor" (DeepMind) or "element" (as timm's gains).
         log_clipped: report `agc_clipped`, the fraction of units clipped, in the logs of `fit`.
 
     Example:
@@ -189,8 +191,8 @@ class AGC:
 
     def __post_init__(self):
         object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
-        if self.clip_factor <= 0 or self.eps <= 0:
-            raise ValueError(f"Expected clip_factor > 0 and eps > 0. Received: {self.clip_factor}, {self.eps}")
+        if not (0 < self.clip_factor < math.inf and 0 < self.eps < math.inf):
+            raise ValueError(f"Expected finite clip_factor > 0 and eps > 0. Received: {self.clip_factor}, {self.eps}")
         if self.vector_units not in ("tensor", "element"):
             raise ValueError(f'Expected vector_units "tensor" or "element". Received: {self.vector_units!r}')
 

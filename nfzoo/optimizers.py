@@ -155,6 +155,9 @@ class AdaptiveGradientClipping(keras.optimizers.Optimizer):
     def _model_variables_moving_average(self):  # keras.callbacks.SwapEMAWeights asks for it
         return self.inner_optimizer._model_variables_moving_average
 
+    def exclude_from_weight_decay(self, *args, **kwargs) -> None:
+        self.inner_optimizer.exclude_from_weight_decay(*args, **kwargs)
+
     def scale_loss(self, loss):
         return self.inner_optimizer.scale_loss(loss)
 

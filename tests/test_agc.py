@@ -62,6 +62,12 @@ def test_scale_equivariance():
     np.testing.assert_array_equal(scaled, plain * 2.0**15)
 
 
+def test_tiny_limits_are_kept():
+    """A norm above its limit need not be far from zero."""
+    clipped, _ = _clip(np.full(1, 5e-7, "float32"), np.zeros(1, "float32"), (0,), factor=0.01, eps=1e-5)
+    np.testing.assert_allclose(clipped, [1e-7], rtol=1e-5)
+
+
 def test_depthwise_units_are_channels():
     """By rank all channels would share one norm; here their weights span four decades."""
     layer = keras.layers.DepthwiseConv2D(3)
@@ -121,7 +127,9 @@ def test_a_pattern_without_a_match_raises():
         nfzoo.AGC(exclude="classifier/kernel").units(nfzoo.build("sn_test_efficientnet"))
 
 
-@pytest.mark.parametrize("bad", [{"clip_factor": 0}, {"eps": -1}, {"vector_units": "channel"}])
+@pytest.mark.parametrize(
+    "bad", [{"clip_factor": 0}, {"clip_factor": float("nan")}, {"eps": -1}, {"vector_units": "channel"}]
+)
 def test_bad_configuration(bad):
     with pytest.raises(ValueError, match="Expected"):
         nfzoo.AGC(**bad)

@@ -111,6 +111,16 @@ def test_the_learning_rate_is_the_inner_one():
     assert float(innermost(optimizer).learning_rate) == 0.5 and float(optimizer.learning_rate) == 0.5
 
 
+def test_what_decays_is_the_inner_ones_word():
+    x = keras.Input((4,))
+    model = keras.Model(x, keras.layers.Dense(3, name="head")(x))
+    optimizer = AdaptiveGradientClipping(keras.optimizers.SGD(0.1, weight_decay=0.1), model, nfzoo.AGC())
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    kernel, bias = model.trainable_variables
+    inner = optimizer.inner_optimizer
+    assert inner._use_weight_decay(kernel) and not inner._use_weight_decay(bias)
+
+
 def test_a_variable_from_elsewhere_is_told():
     one, other = (keras.Sequential([keras.Input((6,)), keras.layers.Dense(2, name=n)]) for n in ("head", "top"))
     other.compile(AdaptiveGradientClipping("sgd", one, nfzoo.AGC()), "mse")
