@@ -105,6 +105,12 @@ def parse(name: str) -> Name:
                     f"Expected a variant that {row} admits: {', '.join(module.ADMITS)}. "
                     f"Received: {name.removesuffix(f'_{row}')!r} in {name!r}"
                 )
+    known, _, tag = name.partition(".")
+    if tag and (known in table() or known in aliases()):
+        raise ValueError(
+            f"Expected the name of an architecture. Received: {name!r}, which names weights as well; take {known!r} "
+            f"here, and nfzoo.build({name!r}) or nfzoo export {name} for the network with its weights"
+        )
     close = difflib.get_close_matches(name, [*table(), *aliases(), *USER_MODELS], n=4, cutoff=0.5)
     hint = f" Did you mean {', '.join(close)}?" if close else ""
     raise ValueError(f"Expected the name of a model. Received: {name!r}.{hint} nfzoo.list_models() lists them.")

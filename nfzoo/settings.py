@@ -241,6 +241,13 @@ class Recipe(_Frozen):
             return {{"agc": "clip_factor", "ema": "momentum"}[info.field_name]: value}
         return value
 
+    @property
+    def first_drop(self) -> float | None:
+        """The epoch after which a stepwise schedule first lowers the rate; None for the others."""
+        if self.schedule.name == "halving":
+            return self.schedule.start + self.schedule.every
+        return min(self.schedule.milestones, default=None) if self.schedule.name == "step" else None
+
     @field_validator("schedule")
     @classmethod
     def _fits_the_run(cls, value: Schedule, info: ValidationInfo) -> Schedule:

@@ -11,6 +11,7 @@ import sys
 import time
 
 import keras
+import numpy as np
 import pandas as pd
 import pytest
 import safetensors.numpy
@@ -19,7 +20,8 @@ from conftest import same
 from PIL import Image
 
 import nfzoo
-from nfzoo import cli
+from nfzoo import cli, data, recipes
+from nfzoo.cli.signals import _patient
 
 TINY = ["--data", "fake", "--set", "data.limit=64", "--set", "batch_size=64"]
 
@@ -100,6 +102,14 @@ def test_scan(call, tmp_path):
     resolved = json.loads(call(*command[1:], "--dry-run")[1])
     ran = json.loads((trial / "options.json").read_text())
     assert all(resolved[key] == ran[key] for key in ("model", "build", "recipe", "fingerprint"))
+
+
+def test_learning_rates_are_scanned_unless_another_axis_is_asked_for(call):
+    """A question on clip factors keeps the rate of the recipe."""
+    planned = lambda *options: json.loads(call("scan", "sn_test_ffnn", *TINY, *options, "--dry-run")[1])  # noqa: E731
+    assert planned()["axes"] == {"optimizer.learning_rate": [0.1, 0.01, 0.001]}
+    assert planned("--clip-factor", "0.02,0.04")["axes"] == {"agc.clip_factor": [0.02, 0.04]}
+    assert len(planned("--axis", "batch_size=8,16", "--lr", "0.1")["axes"]) == 2
 
 
 def test_lr_find(call, tmp_path):
@@ -356,6 +366,21 @@ def test_the_doctor_speaks_and_writes_a_report(call, tmp_path):
     findings = json.loads(text)
     assert status == 0 and {"severity", "check", "sentence", "remedy"} == set(findings[0])
     assert any("No layer normalizes over the batch" in finding["sentence"] for finding in findings)
+
+
+def test_the_doctor_sees_the_network_and_the_optimizer_that_train_would_have():
+    """The recipe's overrides, its schedule by the real number of steps, its smoothed labels and its precision."""
+    changes = {"data.name": "fake", "label_smoothing": 0.1, "precision": "mixed_bfloat16", "epochs": 10}
+    changes |= {"schedule.warmup_epochs": 1, "build": {"bn_*": {"momentum": 0.7}}, "batch_size": 32}
+    recipe = recipes.override(recipes.get("demo"), changes)
+    net, x, y = _patient("bn_test_efficientnet", recipe, {"stem": "small"}, steps=2)
+    norm, conv = net.get_layer("stem_norm1"), net.get_layer("stem_conv1")
+    assert norm.momentum == 0.7 and conv.strides == (1, 1) and conv.compute_dtype == "bfloat16"
+    assert x.shape == (64, 32, 32, 3) and y.shape == (64, 4) and net.loss.label_smoothing == 0.1
+    steps = len(data.load(recipe.data, recipe.seed).train) / 32
+    rate = net.optimizer._learning_rate
+    assert steps > 2 and float(rate(1)) == pytest.approx(recipe.peak_learning_rate / np.ceil(steps))
+    assert net.agc is not None and keras.config.dtype_policy().name == "float32"
 
 
 def test_the_doctor_takes_a_saved_network_of_anybody(call, tmp_path):

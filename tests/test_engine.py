@@ -14,7 +14,7 @@ from conftest import kill_after, slow_but
 from rich.console import Console
 
 import nfzoo
-from nfzoo import callbacks, data, engine, recipes, spp
+from nfzoo import callbacks, data, engine, names, recipes, spp
 from nfzoo.engine import folder
 
 MODEL = "sn_test_ffnn"
@@ -307,3 +307,38 @@ def test_progress_is_plain_lines_without_a_terminal(tmp_path, console):
     engine.run(MODEL, _recipe(epochs=2), tmp_path / "run", taps=None, console=console)
     lines = console.export_text().strip().splitlines()
     assert len(lines) == 2 and "epoch 2/2" in lines[1] and "images/s" in lines[1] and "0:00 left" in lines[1]
+
+
+def test_a_registered_model_that_is_a_plain_keras_model_trains_and_is_clipped(tmp_path, console, monkeypatch):
+    """`register_model` takes any Keras model; one that is no NFModel has no `compile(agc=…)`."""
+    monkeypatch.setitem(names.USER_MODELS, "plain", _plain)
+    recipe = _recipe(epochs=2, agc=1e-9)
+    recipe = recipes.override(recipe, {"agc.exclude": []})
+    assert engine.run("plain", recipe, tmp_path / "run", console=console)["status"] == "complete"
+    net = engine.load_run(tmp_path / "run")
+    keras.utils.set_random_seed(recipe.seed)
+    before = _plain(classes=4, input_shape=(32, 32, 3)).get_weights()
+    assert not isinstance(net, nfzoo.NFModel)
+    # Clipped to next to nothing, Adam moves weights by its epsilon's share of a step, and no further.
+    assert max(np.abs(a - b).max() for a, b in zip(before, net.get_weights(), strict=True)) < 1e-3
+    assert engine.run("plain", _recipe(epochs=1, agc=None), tmp_path / "free", console=console)["epochs"] == 1
+
+
+def _plain(*, classes, input_shape):
+    image = keras.Input(input_shape)
+    return keras.Model(image, keras.layers.Dense(classes)(keras.layers.Flatten()(image)), name="plain")
+
+
+@pytest.mark.parametrize(
+    "schedule, told",
+    [
+        ({"schedule.name": "step", "schedule.milestones": [1]}, "after epoch 1, of 1"),
+        ({"schedule.name": "halving", "schedule.start": 1, "schedule.every": 1}, "after epoch 2, of 1"),
+        ({"schedule.name": "step", "schedule.milestones": [0.5]}, None),
+        ({"schedule.name": "cosine"}, None),
+    ],
+)
+def test_a_schedule_that_never_falls_is_said(schedule, told, tmp_path, console):
+    engine.run(MODEL, _recipe(epochs=1, **schedule), tmp_path / "run", taps=None, console=console)
+    text = console.export_text()
+    assert ("never falls" in text) == bool(told) and (told or "") in text

@@ -96,6 +96,11 @@ def test_a_plain_network_needs_a_fixed_size():
         nfzoo.build("sn_test_ffnn", input_shape=(None, None, 3))
 
 
+def test_a_tag_where_none_is_read_is_told():
+    with pytest.raises(ValueError, match=r"names weights as well; take 'sn_efficientnet_b0' here"):
+        nfzoo.model_info("sn_efficientnet_b0.cifar100")
+
+
 def test_registered_models(monkeypatch):
     monkeypatch.setattr(names, "USER_MODELS", {})
     monkeypatch.setattr(registry, "USER_MODELS", names.USER_MODELS)

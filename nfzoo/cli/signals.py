@@ -168,10 +168,10 @@ def doctor(
 def _patient(name: str, recipe, overrides: dict, steps: int) -> tuple:
     """A compiled model and as many images as the steps take, prepared as the model expects them."""
     import keras
+    import numpy as np
 
-    from nfzoo import data, engine, names, registry
-    from nfzoo.agc import AGC
-    from nfzoo.trainer import NFModel
+    from nfzoo import data, engine, names
+    from nfzoo.engine import learning
 
     library, _, function = name.partition(":")
     if library == "keras.applications" and not hasattr(keras.applications, function):
@@ -180,20 +180,24 @@ def _patient(name: str, recipe, overrides: dict, steps: int) -> tuple:
     if not stored and library != "keras.applications":
         names.parse(name)
     images = data.load(recipe.data, recipe.seed)
+    keras.utils.set_random_seed(recipe.seed)
+    batches = data.pipeline(images, recipe)["train"]
+    if not stored and library != "keras.applications":  # as `nfzoo train` makes it
+        with learning.precision(recipe.precision):
+            net = learning.new_model(engine.options(name, recipe, overrides), images, recipe)
+            learning.prepare(net, recipe, len(batches))
+        x, y = map(np.concatenate, zip(*(batches[i] for i in range(min(steps, len(batches)))), strict=True))
+        return net, x, y
     split, shape = data.subset(images.train, steps * recipe.batch_size, recipe.seed), images.train.images.shape[1:]
     x, y = data.Batches(split, len(split), images.mean, images.std)[0]
-    keras.utils.set_random_seed(recipe.seed)
     if stored:
         net = keras.saving.load_model(name)
-    elif library == "keras.applications":
+    else:
         build = getattr(keras.applications, function)
         net = build(weights=None, classes=len(images.classes), input_shape=shape, **overrides)
         x = sys.modules[build.__module__].preprocess_input(split.images.astype("float32"))
-    else:
-        net = registry.build(name, classes=len(images.classes), input_shape=shape, **overrides)
     if not net.compiled:
         logits = getattr(net.layers[-1], "activation", None) is not keras.activations.softmax
-        clip = {"agc": AGC(**recipe.agc.model_dump())} if recipe.agc and isinstance(net, NFModel) else {}
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=logits)
-        net.compile(engine.optimizer(recipe), loss, **clip)
+        net.compile(engine.optimizer(recipe, len(batches)), loss)
     return net, x, y

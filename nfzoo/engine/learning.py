@@ -6,6 +6,7 @@ import keras
 
 from nfzoo import data, names, optimizers, recipes, registry, schedules, weights
 from nfzoo.agc import AGC
+from nfzoo.trainer import NFModel
 
 
 def optimizer(recipe: recipes.Recipe, steps_per_epoch: int = 1) -> keras.optimizers.Optimizer:
@@ -74,7 +75,12 @@ def prepare(net: keras.Model, recipe: recipes.Recipe, steps_per_epoch: int, froz
             layer.trainable = layer.name == "head" or not frozen
     agc = None if recipe.agc is None else AGC(**recipe.agc.model_dump(), log_clipped=True)
     chosen = optimizer(_of_the_head(recipe) if frozen else recipe, steps_per_epoch)
-    net.compile(chosen, loss(recipe), metrics=["accuracy"], agc=agc)
+    if isinstance(net, NFModel):
+        net.compile(chosen, loss(recipe), metrics=["accuracy"], agc=agc)
+    else:  # a user's: Keras' own training step
+        net.compile(
+            optimizers.AdaptiveGradientClipping(chosen, net, agc) if agc else chosen, loss(recipe), metrics=["accuracy"]
+        )
     net.optimizer.build(net.trainable_variables)
 
 

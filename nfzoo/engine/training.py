@@ -92,6 +92,7 @@ def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devi
         raise ValueError(
             f'Expected a model with a layer "head" for frozen_epochs. Received: {resolved["model"]} without'
         )
+    _warn_of_an_idle_schedule(recipe, warn)
     watch, watched = None, {"taps": taps, "signals": folder.plain(signals)}
     if taps:
         signals = {**signals, "log_dir": out if devices.leads else None}  # others measure too: it takes all devices
@@ -125,6 +126,15 @@ def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devi
     elif keep_model and recipe.ema:
         callbacks.save_for_nobody(state.net)
     return metrics
+
+
+def _warn_of_an_idle_schedule(recipe: recipes.Recipe, warn) -> None:
+    first, epochs = recipe.first_drop, recipe.epochs - recipe.frozen_epochs
+    if first is not None and first >= epochs:
+        warn(
+            f'the learning rate never falls: schedule "{recipe.schedule.name}" first lowers it after epoch {first:g}, '
+            f"of {epochs}; --set schedule.milestones=[…] (halving: start, every), or --set schedule.name=cosine"
+        )
 
 
 def _position(state: State) -> str:
