@@ -83,11 +83,20 @@ def test_a_diverged_trial_is_a_result(scanned):
     assert tune.best(results).learning_rate == 1e-2
 
 
+def test_the_best_setting_is_that_of_the_highest_mean_in_the_summary():
+    """A trial that diverged at 60 % is none: tables, plots and the choice agree."""
+    rows = [("a", 0.1, 0, "diverged", 0.6), ("a", 0.01, 0, "complete", 0.5)]
+    results = pd.DataFrame(rows, columns=["model", "learning_rate", "seed", "status", "val_accuracy"])
+    cells = tune.summary(results).set_index("learning_rate")["mean"]
+    assert cells.to_dict() == {0.1: 0.0, 0.01: 0.5} and tune.best(results).learning_rate == cells.idxmax()
+
+
 def test_summary_is_mean_and_deviation_over_seeds(scanned):
     _, results = scanned
     for of in ("val_accuracy", "test_accuracy"):
         for cell in tune.summary(results, of).itertuples():
-            values = results[results.learning_rate == cell.learning_rate][of].fillna(0.0)
+            trials = results[results.learning_rate == cell.learning_rate]
+            values = trials[of].where(trials.status == "complete", 0.0)
             assert cell.mean == pytest.approx(values.mean()) and cell.std == pytest.approx(values.std())
 
 

@@ -30,7 +30,10 @@ _VALUES = "separated by commas, or a range LOW..HIGH"
 @app.command(rich_help_panel="Training")
 def scan(
     models: Annotated[list[str], typer.Argument(help="names of models")],
-    lr: Annotated[str, typer.Option(help=f"learning rates {_VALUES}")] = "0.1,0.01,0.001",
+    lr: Annotated[
+        str | None,
+        typer.Option(help=f"learning rates {_VALUES}; default: 0.1,0.01,0.001, beside other axes the recipe's own"),
+    ] = None,
     clip_factor: Annotated[str | None, typer.Option(help=f"clip factors of AGC {_VALUES}")] = None,
     weight_decay: Annotated[str | None, typer.Option(help=f"weight decays {_VALUES}")] = None,
     axis: Annotated[
@@ -63,6 +66,8 @@ def scan(
     _known(models, resolved, overrides)
     from nfzoo import tune
 
+    others = (clip_factor, weight_decay, *(axis or ()))
+    lr = lr if lr or any(others) else "0.1,0.01,0.001"
     axes = {path: _axis(text, option) for path, option, text in (
         ("optimizer.learning_rate", "--lr", lr),
         ("agc.clip_factor", "--clip-factor", clip_factor),

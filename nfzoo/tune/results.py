@@ -44,7 +44,7 @@ def summary(results: pd.DataFrame, of: str = "val_accuracy") -> pd.DataFrame:
 
     Args:
         results: rows of `scan`, or of scan.csv.
-        of: a column of them. A trial that diverged counts what it reached, and zero where it reached nothing.
+        of: a column of them. A trial that failed counts as zero, whatever it reached before.
 
     Returns:
         Columns model, the axes, mean, std, count (seeds), diverged and out_of_memory (how many of them).
@@ -53,9 +53,9 @@ def summary(results: pd.DataFrame, of: str = "val_accuracy") -> pd.DataFrame:
         >>> table = pd.DataFrame({"model": ["a", "a"], "learning_rate": [0.1, 0.1], "seed": [0, 1],
         ...                       "status": ["complete", "diverged"], "val_accuracy": [0.5, 0.1]})
         >>> summary(table).round(3).to_dict("records")[0]["mean"]
-        0.3
+        0.25
     """
-    results = results.assign(**{of: results[of].astype(float).fillna(0.0)})
+    results = results.assign(**{of: results[of].astype(float).where(results.status == "complete", 0.0).fillna(0.0)})
     cells = results.groupby(["model", *axes_of(results)], sort=False, dropna=False)
     table = cells[of].agg(["mean", "std", "count"]).reset_index()
     for status in ("diverged", "out_of_memory"):
@@ -65,14 +65,14 @@ def summary(results: pd.DataFrame, of: str = "val_accuracy") -> pd.DataFrame:
 
 
 def best(results: pd.DataFrame) -> pd.Series | None:
-    """The setting of the highest validation accuracy, mean over seeds; a trial that failed counts as zero.
+    """The setting of the highest validation accuracy in the `summary`.
 
     Returns:
         A row of `summary`, None if no trial is complete.
     """
     if not (results.status == "complete").any():
         return None
-    table = summary(results.assign(val_accuracy=results.val_accuracy.where(results.status == "complete", 0.0)))
+    table = summary(results)
     return table.loc[table["mean"].idxmax()]
 
 
