@@ -50,6 +50,15 @@ def _small_batches() -> str:
     return "\n".join([*lines, *(f"| {name} | {' | '.join(row)} |" for name, row in cells.iterrows())])
 
 
+def _reproduced(name: str):
+    def table() -> str:
+        import reproduce
+
+        return reproduce.markdown(name, pd.read_csv(RESULTS / f"{name}.csv"))
+
+    return table
+
+
 def _contest(budget: str):
     def table() -> str:
         import gap
@@ -124,6 +133,7 @@ TABLES = {
     "memory": _memory,
     "profiles": _profiles,
     "small_batches": _small_batches,
+    **{name: _reproduced(name) for name in ("poster_table1", "first_look", "ffnn_table3")},
     **{f"models_{family}": _models(family) for family in ("efficientnet", "resnet", "nfnet", "regnet", "ffnn")},
     "training": _races("nfnet_f0|nf_resnet50|efficientnet_b0_32px|.*_against_bn|agc|input_pipeline_.*"),
 }
