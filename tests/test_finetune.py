@@ -76,7 +76,7 @@ def test_the_classifier_learns_first_and_then_everything(model, watched, tmp_pat
     recipe = _recipe(**{"data.image_size": 8 if model == MODEL else 32})
     metrics = engine.run(model, recipe, tmp_path / "run", overrides={"weights": str(pretrained)}, console=console)
     assert metrics["status"] == "complete" and metrics["epochs"] == EPOCHS
-    stored = weights._read(pretrained)
+    stored = weights.read_safetensors(pretrained)
     for epoch in range(1, FROZEN + 1):
         assert _moved(stored, watched[epoch]) == HEAD == _moved(watched[EPOCHS - 1], watched[EPOCHS]) & HEAD
     assert _moved(watched[1], watched[2]) == HEAD
@@ -124,7 +124,7 @@ def test_each_part_has_its_learning_rate(overrides, monkeypatch, tmp_path, conso
 def test_a_run_may_stay_frozen(overrides, pretrained, watched, tmp_path, console):
     recipe = _recipe(epochs=FROZEN, agc=0.1)
     engine.run(MODEL, recipe, tmp_path / "run", overrides=overrides, taps=None, console=console)
-    assert _moved(weights._read(pretrained), watched[FROZEN]) == HEAD
+    assert _moved(weights.read_safetensors(pretrained), watched[FROZEN]) == HEAD
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_second_part(overrides, monkeypatch, tmp_path, console):
@@ -151,7 +151,7 @@ def test_a_classifier_of_as_many_classes_is_new_too(tmp_path, watched, console):
     path = weights.save(nfzoo.build(MODEL, classes=4), tmp_path / "four.safetensors")
     recipe = _recipe(epochs=1, frozen_epochs=1, frozen_learning_rate=1e-9)
     engine.run(MODEL, recipe, tmp_path / "run", overrides={"weights": str(path)}, taps=None, console=console)
-    stored = weights._read(path)["head/kernel"]
+    stored = weights.read_safetensors(path)["head/kernel"]
     assert np.abs(watched[1]["head/kernel"] - stored).mean() > 0.01
 
 
