@@ -1,5 +1,7 @@
 """Pictures of the tables of training/results; a function each, of a CSV's lines."""
 
+import textwrap
+
 import pandas as pd
 from experiments import TABLES, Row
 from matplotlib.colors import LogNorm
@@ -62,7 +64,7 @@ def branches(shares: pd.DataFrame):
         mesh = ax.pcolormesh(
             grid.columns, range(len(blocks)), grid, cmap=SEQUENCE, norm=LogNorm(1e-4, 1, clip=True), shading="nearest"
         )
-        ax.set_title(row)
+        ax.set_title(textwrap.fill(row, 14))
         ax.set_xlabel("epoch")
     axes[0].set_yticks(range(len(blocks)), [block.replace("_", " ") for block in blocks])
     axes[0].invert_yaxis()
