@@ -73,21 +73,31 @@ def reading(model: keras.Model) -> dict[str, dict]:
     """
     found = {}
     for layer in model.layers:
-        if layer.name in ("head", "preprocess") or "drop" in layer.name:
+        if layer.name in ("head", "preprocess") or "drop" in layer.name or isinstance(layer, keras.layers.InputLayer):
             continue
+        # A gain that is learned only starts there.
+        keys, found[layer.name] = _READING if layer.weights else (*_READING, "gain"), {}
         with contextlib.suppress(NotImplementedError):  # somebody's layer that tells nothing
             config = layer.get_config()
-            found[layer.name] = {key: config[key] for key in _READING if key in config}
+            found[layer.name] = {key: config[key] for key in keys if key in config}
     return json.loads(json.dumps(found, default=str))  # as it comes back from a file
 
 
 def _check_reading(model: keras.Model, stored: dict[str, dict] | None, path: pathlib.Path) -> None:
-    ours = reading(model) if stored else {}
+    if stored is None:
+        return
+    ours = reading(model)
+    lacking = ours.keys() - stored.keys()
+    left = stored.keys() - ours.keys() if any(layer.name == "head" for layer in model.layers) else ()
     differing = [
-        f"{layer} {key} {there[key]} for {ours[layer][key]}"
-        for layer, there in (stored or {}).items()
-        for key in there.keys() & ours.get(layer, {}).keys()
-        if there[key] != ours[layer][key]
+        *(f"a network without {layer}" for layer in ours if layer in lacking),
+        *(f"a network with {layer}" for layer in stored if layer in left),
+        *(
+            f"{layer} {key} {stored[layer][key]} for {here[key]}"
+            for layer, here in ours.items()
+            for key in here.keys() & stored.get(layer, {}).keys()
+            if stored[layer][key] != here[key]
+        ),
     ]
     if differing:
         raise ValueError(
