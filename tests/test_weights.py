@@ -87,7 +87,7 @@ def test_weights_of_a_network_that_computes_otherwise_are_refused(overrides, suf
 @pytest.mark.parametrize(
     "overrides, told",
     [
-        ({"padding_compensation": True}, "a network with stage1_block1_"),
+        ({"magnitude_preserving": False, "padding_compensation": True}, "a network with stage1_block1_"),
         ({"magnitude_preserving": False, "doubled_gate": True}, "se gain 2.0 for 1.0"),
         ({"magnitude_preserving": False, "activation": "relu"}, "stem_act1 activation relu for selu"),
     ],
@@ -97,6 +97,10 @@ def test_layers_without_weights_are_compared_too(overrides, told, tmp_path):
     with pytest.raises(ValueError, match=f"computes otherwise.*{told}"):
         nfzoo.build("sn_test_efficientnet", magnitude_preserving=False, weights=path)
     nfzoo.build("sn_test_efficientnet", weights=path, features_only=True, dropout_rate=0.5, **overrides)
+    plain = nfzoo.build("sn_test_efficientnet", magnitude_preserving=False)
+    weights.save(plain, path)
+    with pytest.raises(ValueError, match="computes otherwise"):
+        nfzoo.build("sn_test_efficientnet", weights=path, include_top=False, **overrides)
 
 
 def test_keras_weights_that_do_not_fit_leave_the_model_as_it_was(model, tmp_path):
