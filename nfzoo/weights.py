@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Set
 
 import h5py
@@ -27,6 +28,7 @@ _READING = (
     "filters", "kernel_size", "strides", "padding", "dilation_rate", "groups", "pool_size", "epsilon", "epsilon_mode",
     "gamma", "activation", "scale", "skip_scale", "branch_scale", "magnitude_preserving", "statistics",
 )  # fmt: skip
+_INNER = re.compile(r"(stem|stage\d+|hidden)_")
 _TOP = ("top_", "head/")  # beginnings of the paths that a model without its classifier may lack
 
 
@@ -87,8 +89,10 @@ def _check_reading(model: keras.Model, stored: dict[str, dict] | None, path: pat
     if stored is None:
         return
     ours = reading(model)
-    lacking = ours.keys() - stored.keys()
-    left = stored.keys() - ours.keys() if any(layer.name == "head" for layer in model.layers) else ()
+    # Layers that only one has count within the network: before it may stand a user's own, behind it pooling.
+    inner = lambda names: {name for name in names if _INNER.match(name)}  # noqa: E731
+    lacking = inner(ours.keys() - stored.keys())
+    left = inner(stored.keys() - ours.keys()) if any(layer.name == "head" for layer in model.layers) else ()
     differing = [
         *(f"a network without {layer}" for layer in ours if layer in lacking),
         *(f"a network with {layer}" for layer in stored if layer in left),
@@ -281,7 +285,9 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict | None]:
     if path.suffix == ".safetensors":
         tensors = read_safetensors(path)
         with safetensors.safe_open(path, framework="numpy") as file:
-            return tensors, json.loads((file.metadata() or {}).get("reading", "null"))
+            metadata = file.metadata() or {}
+        told = metadata.get("reading") if metadata.get("format") == "nfzoo" else None
+        return tensors, told and json.loads(told)
     if path.suffix == ".keras":
         return _tensors(stored := _stored(path)), reading(stored)
     raise ValueError(

@@ -103,6 +103,16 @@ def test_layers_without_weights_are_compared_too(overrides, told, tmp_path):
         nfzoo.build("sn_test_efficientnet", weights=path, include_top=False, **overrides)
 
 
+def test_a_users_layers_before_and_pooling_behind_are_no_other_network(tmp_path):
+    plain = nfzoo.build("nf_test_resnet", include_top=False, pooling=None)
+    path = weights.save(plain, tmp_path / "body.safetensors")
+    image = keras.Input((32, 32, 3))
+    flipped = keras.layers.RandomFlip(name="flip")(image)
+    net = nfzoo.build("nf_test_resnet", include_top=False, input_tensor=flipped, weights=path)
+    assert _same(net, plain)
+    nfzoo.build("nf_test_resnet", include_top=False, weights=weights.save(net, tmp_path / "whole.safetensors"))
+
+
 def test_keras_weights_that_do_not_fit_leave_the_model_as_it_was(model, tmp_path):
     """None's lack the norms; Keras would load GN's into NONE and pass over the norms without a word."""
     plain = nfzoo.build("none_test_efficientnet")
