@@ -180,6 +180,7 @@ CONTESTS: dict[str, Contest] = {
             Row("BN, stochastic depth", "bn_efficientnet_b0", build={"drop_path_rate": 0.2}),
             Row("SN, MP", "sn_efficientnet_b0"),
             Row("SN, no MP", "sn_efficientnet_b0", build=_NO_MP),
+            Row("no BN, He by fan-in", "none_efficientnet_b0", build={"init": "he"}),
             Row("SN, MP, even", "sn_efficientnet_b0", build={"doubled_gate": True, "padding_compensation": True}),
             Row("NF, open", "nf_efficientnet_b0", build=_OPEN),
             Row("NF, open, AGC 0.02", "nf_efficientnet_b0", changes={"agc": 0.02}, build=_OPEN),
