@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -225,6 +226,30 @@ def test_a_contest_is_decided_on_validation_and_tested_last(results, contest, mo
     assert len(ran) == 10 and len(read) == 4  # nothing is run or read twice
     assert "| selu | 0.01 | 40.0 | 50.0 ± 0.0 | +0.0, +0.0 |" in gap.markdown("tiny", table)
     assert "| tanh | 0.001 | 35.0 |  |  |" in gap.markdown("tiny", table)
+
+
+def test_a_final_that_another_table_holds_is_not_run_again(results, contest, monkeypatch):
+    monkeypatch.setitem(experiments.CONTESTS, "tiny", replace(contest, known=("elsewhere",)))
+    there = [
+        replace(contest.rows[0], changes={**contest.rows[0].changes, gap.RATE: 0.001}),  # the same run as a final
+        gap.trials(contest, contest.rows[1])[0],  # shorter: not the same
+    ]
+    for row in there:
+        reproduce.add(results / "elsewhere.csv", _trained(row, 1, test_accuracy=0.7, test_loss=2.0))
+    ran, read = [], []
+
+    def train(budget, stage, row, seed, *_):
+        ran.append((stage, row.name, seed))
+        best = row.changes[gap.RATE] == 0.001
+        return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=0.4 if best else 0.1)}
+
+    monkeypatch.setattr(gap, "train", train)
+    monkeypatch.setattr(engine, "evaluate", lambda folder: read.append(folder) or {"accuracy": 0.5, "loss": 1.0})
+    gap.main("tiny", runs=results, rows="selu; tanh; relu")
+    assert [run[1:] for run in ran if run[0] == "final"] == [("relu", 0), ("selu", 0), ("selu", 1)]
+    table = pd.read_csv(results / "gap.csv")
+    mine = table[(table.stage == "final") & (table.row == "relu")].set_index("seed").test_accuracy
+    assert dict(mine) == {0: 0.5, 1: 0.7} and len(read) == 3
 
 
 def test_a_contest_is_drawn_as_far_as_it_is(results, contest, monkeypatch):

@@ -82,6 +82,15 @@ def unread(contest: Contest, results: pd.DataFrame) -> list[tuple[Row, int]]:
     return [(row, seed) for row, seed, at in runs if at.test_accuracy.isna().all() and (at.status == "complete").all()]
 
 
+def known(budget: str, stage: str, row: Row, seed: int) -> dict | None:
+    """The line of the same run in another table; its test accuracy was read there."""
+    for table in CONTESTS[budget].known if stage == "final" else ():
+        there = lines(read(RESULTS / f"{table}.csv"), row, seed)
+        if len(there):
+            return {"budget": budget, "stage": stage, **there.iloc[0].to_dict()}
+    return None
+
+
 def train(budget: str, stage: str, row: Row, seed: int, data_dir: str | None, runs: pathlib.Path, console) -> dict:
     """One run without a look at the test split; its line."""
     recipe = recipe_of(row, seed, data_dir)
@@ -134,7 +143,7 @@ def main(
     budget: str,
     data_dir: Annotated[str | None, typer.Option(help="of tensorflow-datasets; default: TFDS_DATA_DIR")] = None,
     runs: Annotated[pathlib.Path, typer.Option(help="where the runs go")] = pathlib.Path("runs/gap"),
-    rows: Annotated[str | None, typer.Option(help="only trials of these, separated by semicolons")] = None,
+    rows: Annotated[str | None, typer.Option(help="only runs of these, separated by semicolons")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is missing and stop")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the CSV and stop")] = False,
     draw: Annotated[bool, typer.Option("--draw", help="draw the CSV into docs/figures and stop")] = False,
@@ -155,14 +164,14 @@ def main(
         return
 
     def jobs() -> Iterator[tuple[str, Row, int]]:
-        return (job for job in due(contest, results) if rows is None or (job[0] == "trial" and job[1].name in named))
+        return (job for job in due(contest, results) if job[1].name in named)
 
     if dry_run:
         for stage, row, seed in jobs():
             console.print(f"{row.name}, {stage}, lr {row.changes[RATE]:g}, seed {seed} (missing)")
         return
     while (job := next(jobs(), None)) is not None:
-        results = add(path, train(budget, *job, data_dir, runs, console))
+        results = add(path, known(budget, *job) or train(budget, *job, data_dir, runs, console))
     for row, seed in unread(contest, results):
         tested = engine.evaluate(folder_of(runs / budget, row, "final", f"{row.changes[RATE]:g}", seed))
         with waited_for(RESULTS):
