@@ -113,10 +113,12 @@ def test_nf_scales_activations_outside_squeeze_excite(nets):
 def test_nf_entrances_divide_by_the_expected_std():
     model = nfzoo.build("nf_efficientnet_b0", input_shape=(32, 32, 3), alpha=0.5)
     scales = {layer.name: layer.scale for layer in _of(model, keras.layers.Rescaling)}
+    within = {(s, b): b - 2 for s, n in enumerate((1, 2, 2, 3, 3, 4, 1), 1) for b in range(3, n + 1)}
+    # A stage's first block, which has no skip, takes what the stage before has summed up, and starts anew.
+    between = {(s, 1): n - 1 for s, n in enumerate((1, 2, 2, 3, 3, 4), 2) if n > 1}
     assert scales == {
-        f"stage{s}_block{b}_enter": pytest.approx((1 + 0.25 * (b - 2)) ** -0.5)
-        for s, n in enumerate((1, 2, 2, 3, 3, 4, 1), 1)
-        for b in range(3, n + 1)
+        f"stage{s}_block{b}_enter": pytest.approx((1 + 0.25 * merges) ** -0.5)
+        for (s, b), merges in (within | between).items()
     }
 
 
@@ -129,15 +131,16 @@ def test_nf_merge_is_skip_plus_alpha_gain_branch(nets):
 def test_nf_branch_has_unit_variance_at_any_depth():
     """The point of the bookkeeping: whatever came before, a branch starts and ends with variance one."""
     model = nfzoo.build(
-        "nf_test_efficientnet", skip_gain=1.0, repeats=(1, 2, 8), channels=(64, 64, 64), stem_channels=64
+        "nf_test_efficientnet", skip_gain=1.0, repeats=(1, 8, 8), channels=(64, 64, 64), stem_channels=64, alpha=0.4
     )
     x = np.random.default_rng(0).standard_normal((16, 64, 64, 3)).astype("float32")
     rows = nfzoo.spp.snapshot(model, x, taps="blocks", what=("activations",)).set_index("layer")
     branches = rows[rows.place == "branch"].acv
     assert branches.between(0.6, 1.3).all(), branches
-    stream = rows.acv[[f"stage3_block{b}_out" for b in range(2, 9)]].to_numpy()
-    growth = np.diff(stream)
-    assert np.all(growth > 0.5 * 0.2**2) and np.all(growth < 1.5 * 0.2**2)
+    for stage in (2, 3):
+        stream = rows.acv[[f"stage{stage}_block{b}_out" for b in range(1, 9)]].to_numpy()
+        growth = np.diff(stream)
+        assert np.all(growth > 0.5 * 0.4**2) and np.all(growth < 1.5 * 0.4**2)
 
 
 def test_nf_without_weight_standardization_is_plain_but_for_its_entrances_and_merges():

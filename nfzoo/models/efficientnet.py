@@ -108,9 +108,7 @@ def blocks(spec: Spec) -> list[list[Block]]:
 
 def mbconv(x, block: Block, site: Site, spec: Spec, variant, drop_path_rate: float):
     """Expand, filter each channel, attend, project; add the input where the shapes allow."""
-    skip = x
-    if block.skip:
-        x = variant.enter(x, site)
+    skip, x = x, variant.enter(x, site)
     if block.expansion > 1:
         x = variant.conv(x, block.inputs * block.expansion, 1, site.at(1), padding=spec.padding)
         x = variant.act(variant.norm(x, site.at(1)), site.at(1))

@@ -175,7 +175,7 @@ class Variant:
 
     # ------------------------------------------------------------ residual branch
     def enter(self, x, site: Site):
-        """Entrance of a residual branch."""
+        """Entrance of a block: of its branch, or of a plain one, which starts a new stream."""
         return x
 
     def identity(self, x, entered):

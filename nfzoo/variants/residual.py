@@ -65,7 +65,8 @@ class Fixup(_Residual):
         return keras.initializers.RandomNormal(stddev=std)
 
     def enter(self, x, site: Site):
-        return Affine(name=site.name("enter"))(x)
+        # The first layer of a plain block has its own bias, see `before`.
+        return x if site.role == "plain" else Affine(name=site.name("enter"))(x)
 
     def identity(self, x, entered):
         return entered if self.biased_identity else x
