@@ -8,7 +8,7 @@ import difflib
 import fnmatch
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import ModuleType
@@ -180,13 +180,17 @@ def register_model(function: Callable | None = None, *, name: str | None = None,
     return decorate if function is None else decorate(function)
 
 
-def resolve_fields(name: Name, overrides: dict) -> tuple[Any, Any]:
-    """Resolve variant and spec: their defaults, then what dialect and variant imply, then the overrides."""
-    from nfzoo.variants import VARIANTS
+def resolve_fields(name: Name, overrides: dict, kinds: Mapping[str, type] | None = None) -> tuple[Any, Any]:
+    """Resolve variant and spec: their defaults, then what dialect and variant imply, then the overrides.
 
-    module, kind, spec = FAMILIES[name.family], VARIANTS[name.variant], name.spec
+    `kinds` are the classes of the variants: `nfzoo.variants.VARIANTS`, or those of `nfzoo.theory`, which need no Keras.
+    """
+    if kinds is None:
+        from nfzoo.variants import VARIANTS as kinds
+
+    module, kind, spec = FAMILIES[name.family], kinds[name.variant], name.spec
     overrides = dict(name.overrides) | overrides
-    of_variant, of_spec = ({f.name for f in fields(x)} for x in (kind, spec))
+    of_variant, of_spec = ({f.name for f in fields(x) if f.init} for x in (kind, spec))
     unknown = sorted(overrides.keys() - of_variant - of_spec)
     if unknown:
         raise TypeError(

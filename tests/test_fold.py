@@ -83,6 +83,7 @@ def test_full_size(name):
         ("nf_test_resnet", {"dialect": "timm"}),
         ("nf_test_nfnet", {"dialect": "timm", "activation": "gelu"}),
         ("nf_test_resnet", {"features_only": True}),
+        ("nf_test_resnet", {"activation": "leaky_relu"}),
         ("nf_test_efficientnet", {"include_preprocessing": True, "classifier_activation": "softmax"}),
         ("bn_test_resnet", {"include_top": False, "input_shape": (None, None, 3)}),
         ("sn_test_efficientnet", {"magnitude_preserving": False, "drop_path_rate": 0.2}),

@@ -227,6 +227,23 @@ def test_depthwise_convolution_leaves_out_only_taps_that_meet_no_image(kernel):
             )
 
 
+def test_depthwise_convolutions_end_with_their_activation():
+    x = np.random.default_rng(0).standard_normal((2, 6, 6, 4)).astype("float32")
+    for kind in (layers.DepthwiseConv2D, layers.ScaledStdDepthwiseConv2D):
+        plain, rectified = kind(3), kind(3, activation="relu")
+        expected = np.maximum(np.asarray(plain(x)), 0)
+        rectified.build(x.shape)
+        rectified.set_weights(plain.get_weights())
+        np.testing.assert_allclose(np.asarray(rectified(x)), expected, atol=1e-6)
+        assert expected.min() == 0 < expected.max()
+
+
+@pytest.mark.parametrize("name", [*numerics.GAMMA, *numerics.ALIASES])
+def test_scaled_activations_have_unit_variance(name):
+    z = np.random.default_rng(0).standard_normal((400_000, 1)).astype("float32")
+    assert float(np.var(layers.ScaledActivation(name)(z))) == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("dtype", "jit", "rtol"),
     [("float16", False, 3e-2), ("bfloat16", False, 3e-2), ("float64", False, 1e-5), ("float32", True, 1e-4)],

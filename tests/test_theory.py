@@ -1,7 +1,7 @@
 """The expected profiles: closed forms, random numbers, and real networks at initialisation check them."""
 
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import keras
 import numpy as np
@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 import nfzoo
-from nfzoo import names, spp, theory, variants
+from nfzoo import names, numerics, spp, theory, variants
+from nfzoo.layers.activation import activation_function
 from nfzoo.theory import moments, words
 from nfzoo.theory.moments import FUNCTIONS, Moments
 from nfzoo.theory.pair import Pair
@@ -251,14 +252,14 @@ def test_kernels_have_the_variance_they_are_drawn_with(model):
 
 
 # ---------------------------------------------------------------- names and options
+def _fields(thing):
+    return {field.name: field.default for field in fields(thing) if field.init}
+
+
 def test_words_have_the_fields_and_defaults_of_the_variants():
     assert words.WORDS.keys() == variants.VARIANTS.keys()
-    own = {"maps", "kernels", "stem"}
     for name, kind in words.WORDS.items():
-        real = variants.VARIANTS[name]
-        defaults = {field.name: field.default for field in fields(real)}
-        mine = {field.name: field.default for field in fields(kind) if field.name not in own}
-        assert mine == {key: defaults[key] for key in mine}
+        assert _fields(kind) == _fields(variants.VARIANTS[name])
 
 
 def test_every_model_resolves_as_build_does():
@@ -269,10 +270,27 @@ def test_every_model_resolves_as_build_does():
         for dialect in {None, *names.FAMILIES[name.family].DIALECTS}:
             build = {"dialect": dialect} if dialect else {}
             real, spec = names.resolve_fields(name, build)
-            mine, my_spec = theory._resolve(name, build)
+            mine, my_spec = names.resolve_fields(name, build, words.WORDS)
             assert my_spec == spec
-            both = [field.name for field in fields(mine) if field.name not in {"maps", "kernels", "stem"}]
-            assert {key: getattr(mine, key) for key in both} == {key: getattr(real, key) for key in both}
+            assert {key: getattr(mine, key) for key in _fields(mine)} == asdict(real)
+
+
+def test_what_is_no_field_is_refused():
+    for build in ({"alpah": 5.0}, {"input_shape": (32, 32, 3)}, {"maps": {}}):
+        with pytest.raises(TypeError, match=next(iter(build))):
+            theory.profile("nf_test_resnet", build)
+    table = theory.profile("bn_test_efficientnet", {"kernels": (5, 5, 5)})  # a field of the architecture
+    assert table[table.kind == "weight"].layer.str.contains("stage1_block1_conv2").any()
+
+
+def test_activations_of_the_theory_are_those_of_keras():
+    z = np.linspace(-6, 6, 101).astype("float32")
+    for name in (*FUNCTIONS, *numerics.ALIASES):
+        expected = keras.ops.convert_to_numpy(activation_function(name)(keras.ops.convert_to_tensor(z)))
+        np.testing.assert_allclose(moments.function_of(name)(z.astype(float)), expected, atol=2e-6)
+    with pytest.raises(ValueError, match="exponential"):
+        theory.profile("none_test_resnet", {"activation": "exponential"})
+    assert theory.of_run({"model": "none_test_resnet", "build": {"activation": "exponential"}}) is None
 
 
 def test_what_was_measured_at_the_stem_is_taken_from_there():

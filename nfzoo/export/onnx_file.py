@@ -310,6 +310,7 @@ _ACTIVATIONS: dict[str, Callable] = {
     "hard_sigmoid": _simple("HardSigmoid", alpha=1 / 6, beta=0.5),
     "hard_silu": _simple("HardSwish"),
     "leaky_relu": _simple("LeakyRelu", alpha=0.2),
+    "leaky_relu_001": _simple("LeakyRelu", alpha=0.01),
     "linear": _simple("Identity"),
     "log_sigmoid": _log_sigmoid,
     "relu": _simple("Relu"),

@@ -96,6 +96,8 @@ def _affine(node: Node, inputs):
 def _act(node: Node, inputs):
     if node.activation == "gelu_tanh":
         return _named(node.name, lambda x: ops.gelu(x, approximate=True), inputs[0])
+    if node.activation == "leaky_relu_001":
+        return layers.LeakyReLU(0.01, name=node.name)(inputs[0])
     return layers.Activation(node.function, name=node.name)(inputs[0])
 
 

@@ -11,7 +11,7 @@ from nfzoo.folding.graph import LINEAR, Graph, Node, affine
 _MEANS = (layers.GlobalAveragePooling2D, layers.AveragePooling2D)
 _COMMUTING = (*_MEANS, layers.ZeroPadding2D, layers.Flatten, layers.Reshape)
 _MAXIMA = (layers.MaxPooling2D, layers.GlobalMaxPooling2D)
-_HOMOGENEOUS = ("relu", "leaky_relu", "linear")
+_HOMOGENEOUS = ("relu", "leaky_relu", "leaky_relu_001", "linear")
 
 
 def simplify(graph: Graph) -> None:

@@ -15,14 +15,23 @@ def gelu_tanh(x):
     return ops.gelu(x, approximate=True)
 
 
+@register
+def leaky_relu_001(x):
+    """Leaky ReLU with a slope of 0.01, JAX's, PyTorch's and that of the tabulated gain; Keras' own has 0.2."""
+    return ops.leaky_relu(x, negative_slope=0.01)
+
+
+_OWN = {"gelu_tanh": gelu_tanh, "leaky_relu": leaky_relu_001}
+
+
 def activation_function(name: str) -> Callable:
-    """The activation function of a name: Keras' own names, and "gelu_tanh".
+    """The activation function of a name: Keras' own names, and those of `nfzoo.numerics.gamma`.
 
     Example:
         >>> activation_function("gelu_tanh") is gelu_tanh
         True
     """
-    return gelu_tanh if name == "gelu_tanh" else keras.activations.get(name)
+    return _OWN.get(name) or keras.activations.get(numerics.ALIASES.get(name, name))
 
 
 @register

@@ -104,7 +104,9 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
 
     def call(self, inputs):
         outputs = self.convolution_op(inputs, self.kernel)
-        return outputs + self.bias if self.use_bias else outputs
+        if self.use_bias:
+            outputs = outputs + self.bias
+        return outputs if self.activation is None else self.activation(outputs)
 
 
 class _ScaledStd:

@@ -6,15 +6,15 @@ draws a log draws the theory beside it.
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
 
 from nfzoo import names
 from nfzoo.models.sites import Site
-from nfzoo.theory.moments import Moments
-from nfzoo.theory.words import WORDS, Words
+from nfzoo.theory.moments import Moments, UnknownFunction
+from nfzoo.theory.words import WORDS
 
 __all__ = ["Moments", "of_run", "profile"]
 
@@ -33,7 +33,7 @@ def profile(
 
     Args:
         model: name of a model, or an alias.
-        build: overrides as of `nfzoo.build`.
+        build: overrides as of `nfzoo.build`: fields of the variant or of the architecture.
         input_shape: (height, width, channels) of the image, to count what borders padded with zeros take; default: a
             map so large that they take nothing.
         batch: number of examples measured, to count how far the mean over them is from the expected one.
@@ -46,7 +46,8 @@ def profile(
         "effective_weight"), layer, depth (counted here), mean, acsm, acv, second_moment, nonzero.
 
     Raises:
-        ValueError: for an unknown model or definition.
+        ValueError: for an unknown model, definition or activation.
+        TypeError: for an override that is no field.
 
     Example:
         >>> table = profile("nf_resnet50", {"skip_gain": 1.0, "stem": "small"})
@@ -59,7 +60,7 @@ def profile(
     if definition not in ("channel", "poster"):
         raise ValueError(f'Expected definition "channel" or "poster". Received: definition={definition!r}')
     name = names.parse(model)
-    words, spec = _resolve(name, dict(build or {}))
+    words, spec = names.resolve_fields(name, dict(build or {}), WORDS)
     words.stem = stem
     plain = not hasattr(spec, "stem")  # a network without convolutions needs the number of its inputs
     shape = input_shape or (spec.input_shape if plain else (None, None, 3))
@@ -77,7 +78,7 @@ def profile(
 
 
 def of_run(options: Mapping[str, Any], log: pd.DataFrame | None = None) -> pd.DataFrame | None:
-    """The theory of a run, by its options.json; None for a model that is not of this zoo.
+    """The theory of a run, by its options.json; None for a model that is not of this zoo, or of an unknown activation.
 
     Args:
         options: content of options.json ("model", "build", "images").
@@ -96,7 +97,13 @@ def of_run(options: Mapping[str, Any], log: pd.DataFrame | None = None) -> pd.Da
     known = {"classes": len(images["classes"])} if images.get("classes") else {}
     if images.get("shape"):
         known["input_shape"] = tuple(images["shape"])
-    return profile(model, build, stem=None if log is None else _measured_stem(log), **known)
+    name = names.parse(model)
+    mattering = {field.name for thing in (WORDS[name.variant], name.spec) for field in fields(thing)}
+    build = {key: value for key, value in build.items() if key in mattering}  # not: weights, pooling, …
+    try:
+        return profile(model, build, stem=None if log is None else _measured_stem(log), **known)
+    except UnknownFunction:
+        return None
 
 
 def _measured_stem(log: pd.DataFrame) -> tuple[float, float] | None:
@@ -106,24 +113,6 @@ def _measured_stem(log: pd.DataFrame) -> tuple[float, float] | None:
     first = log[(log.kind == "activation") & (log.layer == "stem_out")]
     first = first[(first.step == 0) & (first.acv > 0)] if "step" in first else first
     return None if first.empty else (float(first.acsm.iloc[0]), float(first.acv.iloc[0]))
-
-
-def _resolve(name: names.Name, build: dict) -> tuple[Words, Any]:
-    """Resolve the words and the spec in the order of `nfzoo.names.resolve_fields`, which makes Keras' layers."""
-    kind, module = WORDS[name.variant], names.FAMILIES[name.family]
-    given = dict(name.overrides) | build
-
-    def of(thing, values):
-        known = {field.name for field in fields(thing)}
-        return {key: value for key, value in values.items() if key in known}
-
-    spec = replace(name.spec, **of(name.spec, given))
-    implied = module.conventions(spec, name.variant)
-    implied = kind.conventions(implied.get("dialect") or spec.dialect) | implied
-    spec = replace(name.spec, **of(name.spec, implied | given))
-    words = kind(**of(kind, implied | given))
-    words.activation = words.activation or spec.activation
-    return words, spec
 
 
 def _of_map(x: Moments, definition: str) -> dict[str, float]:

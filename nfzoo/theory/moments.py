@@ -24,16 +24,42 @@ FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "linear": lambda z: z,
     "relu": lambda z: np.maximum(z, 0),
     "relu6": lambda z: np.clip(z, 0, 6),
+    "leaky_relu": lambda z: np.where(z > 0, z, 0.01 * z),
     "elu": lambda z: np.where(z > 0, z, np.expm1(np.minimum(z, 0))),
+    "celu": lambda z: np.where(z > 0, z, np.expm1(np.minimum(z, 0))),
     "selu": lambda z: numerics.SELU_LAMBDA * np.where(z > 0, z, numerics.SELU_ALPHA * np.expm1(np.minimum(z, 0))),
     "gelu": lambda z: z * cdf(z),
     "gelu_tanh": lambda z: z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
     "sigmoid": lambda z: (1 + np.tanh(z / 2)) / 2,
     "silu": lambda z: z * (1 + np.tanh(z / 2)) / 2,
+    "hard_sigmoid": lambda z: np.clip(z / 6 + 0.5, 0, 1),
+    "hard_silu": lambda z: z * np.clip(z / 6 + 0.5, 0, 1),
+    "mish": lambda z: z * np.tanh(np.logaddexp(z, 0)),
+    "log_sigmoid": lambda z: -np.logaddexp(-z, 0),
     "softplus": lambda z: np.logaddexp(z, 0),
     "softsign": lambda z: z / (1 + np.abs(z)),
     "tanh": np.tanh,
 }
+
+
+class UnknownFunction(ValueError):
+    """An activation of which the theory knows no more than its name."""
+
+
+def function_of(activation: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The function of a name.
+
+    Example:
+        >>> function_of("swish") is function_of("silu")
+        True
+    """
+    if activation not in FUNCTIONS:
+        activation = numerics.ALIASES.get(activation, activation)
+    if activation not in FUNCTIONS:
+        raise UnknownFunction(
+            f"Expected an activation that the theory knows: {', '.join(sorted(FUNCTIONS))}. Received: {activation!r}"
+        )
+    return FUNCTIONS[activation]
 
 
 @dataclass(frozen=True)

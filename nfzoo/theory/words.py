@@ -2,7 +2,7 @@
 
 A family writes its body in the words of a variant (`conv`, `norm`, `act`, `merge`, …). Given the words of this file it
 computes, with the same code that builds the network, what every layer is expected to show at initialisation. A class
-here has those fields of its variant that matter for that; tests hold the defaults equal.
+here has the fields of its variant, those too that do not matter for that; tests hold them equal.
 """
 
 import math
@@ -14,7 +14,17 @@ import numpy as np
 
 from nfzoo import numerics
 from nfzoo.models.sites import Site
-from nfzoo.theory.moments import FUNCTIONS, Moments, activate, average_pool, convolve, gate, max_pool, normalize
+from nfzoo.theory.moments import (
+    FUNCTIONS,
+    Moments,
+    activate,
+    average_pool,
+    convolve,
+    function_of,
+    gate,
+    max_pool,
+    normalize,
+)
 
 
 @dataclass
@@ -29,10 +39,11 @@ class Words:
 
     activation: str | None = None
     init: str = "he_fan_out"
+    use_bias: bool | tuple[str, ...] = False
     padding_compensation: bool = False
-    maps: dict[str, Moments] = field(default_factory=dict, repr=False)
-    kernels: dict[str, tuple] = field(default_factory=dict, repr=False)
-    stem: tuple[float, float] | None = None
+    maps: dict[str, Moments] = field(default_factory=dict, init=False, repr=False)
+    kernels: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)
+    stem: tuple[float, float] | None = field(default=None, init=False)
 
     @classmethod
     def conventions(cls, dialect: str) -> dict:
@@ -107,7 +118,7 @@ class Words:
         return x
 
     def act(self, x, site: Site):
-        return self.note(site.name("act"), activate(x, FUNCTIONS[self.activation]))
+        return self.note(site.name("act"), activate(x, function_of(self.activation)))
 
     # ------------------------------------------------------------ attention
     gate_gain: ClassVar[float] = 1.0
@@ -115,7 +126,7 @@ class Words:
     def squeeze_excite(self, x, hidden: int, kind: str | None, site: Site):
         at, channels = Site(f"{site.prefix}_se"), x.shape[-1]
         inner = self.linear(x.pooled(), hidden, at.name("reduce"), self.std(at, 1, channels, hidden))
-        inner = activate(inner, FUNCTIONS[kind or self.activation])
+        inner = activate(inner, function_of(kind or self.activation))
         logits = self.linear(inner, channels, at.name("expand"), self.std(at, 1, hidden, channels))
         return self.note(at.prefix, self.gated(x, logits))
 
@@ -171,21 +182,37 @@ class Words:
 
 
 @dataclass
-class BN(Words):
-    """Batch normalization."""
+class _Normalized(Words):
+    """What batch and group normalization share."""
 
+    epsilon: float = 1e-5
+    scale: bool = True
+    center: bool = True
     last_gamma: float = 1.0
 
     def norm(self, x, site: Site):
         factor = self.last_gamma if site.role == "last" else 1.0
         return self.note(site.name("norm"), self.normalized(x).scaled(factor))
 
+
+@dataclass
+class BN(_Normalized):
+    """Batch normalization."""
+
+    momentum: float = 0.99
+    epsilon: float = 1e-3
+    stem_affine: bool = False
+
+    @classmethod
+    def conventions(cls, dialect: str) -> dict:
+        return {} if dialect == "keras" else {"epsilon": 1e-5, "momentum": 0.9}
+
     def normalized(self, x: Moments) -> Moments:
         return normalize(x, "channel")
 
 
 @dataclass
-class GN(BN):
+class GN(_Normalized):
     """Group normalization."""
 
     groups: int = 32
@@ -201,6 +228,7 @@ class SN(Words):
     activation: str | None = "selu"
     init: str = "lecun"
     magnitude_preserving: bool = True
+    alpha_dropout: bool = False
     doubled_gate: bool = False
     standardize: bool = False
 
@@ -237,6 +265,7 @@ class NF(Words):
     gate_gain: ClassVar[float] = 2.0
 
     init: str = "lecun"
+    use_bias: bool | tuple[str, ...] = True
     alpha: float = 0.2
     skip_gain: float | None = 0.0
     last_gain: float = 1.0
@@ -263,7 +292,7 @@ class NF(Words):
     def act(self, x, site: Site):
         scaled = self.gamma_in == "activation" and self.standardize
         gamma = numerics.gamma(self.activation) if scaled else 1.0
-        return self.note(site.name("act"), activate(x, FUNCTIONS[self.activation]).scaled(gamma))
+        return self.note(site.name("act"), activate(x, function_of(self.activation)).scaled(gamma))
 
     def enter(self, x, site: Site):
         return x.scaled(1 / numerics.residual_std(site.merges, self.alpha))
@@ -297,9 +326,11 @@ class _Residual(Words):
 class Fixup(_Residual):
     """Fixup: branches start at zero through their last layer."""
 
+    biased_identity: bool = False
+
     @classmethod
     def conventions(cls, dialect: str) -> dict:
-        return {}
+        return {"biased_identity": True} if dialect == "deepmind" else {}
 
     def std(self, site: Site, receptive: int, inputs: int, outputs: int, groups: int = 1) -> float:
         factor = {"last": 0.0, "branch": numerics.fixup_factor(site.blocks, site.convs) if site.role == "branch" else 1}
@@ -311,6 +342,8 @@ class SkipInit(_Residual):
     """SkipInit: a scalar, zero at the start, on every branch."""
 
     initial_scale: ClassVar[float] = 0.0
+
+    use_bias: bool | tuple[str, ...] = ("plain", "branch", "last", "shortcut", "top")
 
 
 @dataclass
@@ -344,6 +377,7 @@ class Rescale(_Residual):
 class EUN(_Residual):
     """EUN: every convolution standardizes its input."""
 
+    use_bias: bool | tuple[str, ...] = True
     alpha_beta: bool = True
     statistics: str = "whole_tensor"
 
