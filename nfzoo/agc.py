@@ -10,6 +10,7 @@ References: Brock et al. 2021 (NFNet, arXiv 2102.06171), section 4, equation 3.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -93,7 +94,17 @@ def fan_in_axes(layer: keras.Layer, variable: keras.Variable) -> Axes | None:
 
 
 def owners(model: keras.Model) -> dict[str, keras.Layer]:
-    """Map each variable path of a model to the innermost layer that holds it."""
+    """Map each variable path of a model to the innermost layer that holds it.
+
+    Raises:
+        ValueError: several variables of one path, as of two networks of one architecture within a model.
+    """
+    paths = Counter(v.path for v in model.weights)
+    if several := [path for path, n in paths.items() if n > 1]:
+        raise ValueError(
+            f"Expected variables of different paths. Received: {model.name}, which has several of {several[0]} and of "
+            f"{len(several) - 1} other paths. Look at the networks in it one by one"
+        )
     return {v.path: layer for layer in model._flatten_layers() for v in layer.variables}
 
 

@@ -153,7 +153,8 @@ def register_model(function: Callable | None = None, *, name: str | None = None,
     """Register a function that builds a model, so that `build`, `list_models` and the engine know it by name.
 
     Args:
-        function: takes the keyword arguments of `build` that it understands, returns a `keras.Model`.
+        function: takes keyword arguments of `build`, returns a `keras.Model`. It is given those that differ from
+            `build`'s defaults: one that it does not take is a TypeError.
         name: default: the function's.
         override: replace an existing registration.
 
@@ -189,7 +190,7 @@ def resolve_fields(name: Name, overrides: dict, kinds: Mapping[str, type] | None
         from nfzoo.variants import VARIANTS as kinds
 
     module, kind, spec = FAMILIES[name.family], kinds[name.variant], name.spec
-    overrides = dict(name.overrides) | overrides
+    overrides = dict(name.overrides) | {k: v for k, v in overrides.items() if (k, v) != ("dialect", None)}
     of_variant, of_spec = ({f.name for f in fields(x) if f.init} for x in (kind, spec))
     unknown = sorted(overrides.keys() - of_variant - of_spec)
     if unknown:

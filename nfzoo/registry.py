@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -40,6 +40,17 @@ def resolve(name: str, overrides: dict) -> None:
         resolve_fields(parse(name), overrides_of(overrides))
 
 
+def _count(classes: Any) -> int:
+    """A number of classes, NumPy's integers too."""
+    try:
+        count = operator.index(classes)
+    except TypeError:
+        raise TypeError(f"Expected classes as a whole number. Received: classes={classes!r}") from None
+    if count < 1:
+        raise ValueError(f"Expected classes >= 1 (include_top=False leaves the head out). Received: classes={classes}")
+    return count
+
+
 def _check_shape(shape, minimum: int) -> None:
     if len(shape) != 3:
         raise ValueError(f"Expected input_shape (height, width, channels). Received: input_shape={shape}")
@@ -62,7 +73,7 @@ def build(
     input_shape: tuple | None = None,
     input_tensor: Any = None,
     classifier_activation: str | None = None,
-    include_preprocessing: bool = False,
+    include_preprocessing: bool | Mapping[str, Sequence[float]] = False,
     dropout_rate: float | None = None,
     drop_path_rate: float | None = None,
     stem: str | None = None,
@@ -80,16 +91,16 @@ def build(
         weights: None for a fresh initialisation, a path (.safetensors, .keras, .weights.h5), the tag of an entry in
             the manifest of saved_models ("cifar100"; its overrides, classes and input shape are then the defaults), or
             "timm", "deepmind", "imagenet" (keras.applications) for what they have published: it is downloaded to
-            NFZOO_HOME/downloads once, and the dialect is theirs. They expect ImageNet's standardization
-            (`include_preprocessing=True`), keras.applications' ResNets their `preprocess_input`.
+            NFZOO_HOME/downloads once, and the dialect is theirs. `include_preprocessing=True` gives them the images
+            they expect; keras.applications' ResNets (not V2) need their `preprocess_input`.
         classes: units of the classifier; default: the row's. Upon published weights of another number it is new.
         include_top: end with the classifier; else with the last feature map, pooled if `pooling` says so.
         pooling: "avg", "max" or None; how the last map becomes a vector. None only without the top.
         input_shape: (height, width, channels); height and width may be None.
         input_tensor: a Keras tensor to build upon.
         classifier_activation: None gives logits (train with `from_logits=True`), "softmax" probabilities.
-        include_preprocessing: take raw images in [0, 255] and standardize them with ImageNet's constants, or with those
-            that the weights of a tag were trained with.
+        include_preprocessing: take raw images in [0, 255] and standardize them: True with the constants that the
+            weights were trained with, else ImageNet's; or {"mean": (…), "std": (…)}, of x / 255.
         dropout_rate, drop_path_rate: before the classifier; stochastic depth of the last block.
         stem: "imagenet" (stride 2) or "small" (stride 1, for 32x32 images).
         features_only: return the last map of each stride as {"P2": …, "P5": …}, strides 4 to 32; EfficientNets have P1
@@ -114,7 +125,8 @@ def build(
         >>> build("sn_efficientnet_b0", classes=100, input_shape=(32, 32, 3)).count_params()
         4093632
     """
-    architecture, _, tag = architecture.partition(".")
+    registered = architecture in USER_MODELS  # whose names may have a dot
+    architecture, _, tag = (architecture, "", "") if registered else architecture.partition(".")
     if tag:
         if weights is not None:
             raise ValueError(f"Expected a tag in the name, or weights. Received: .{tag} and weights={weights!r}")
@@ -123,9 +135,16 @@ def build(
         weights = published.source_of(f"{architecture}.{tag}") or tag
     common = {"dropout_rate": dropout_rate, "drop_path_rate": drop_path_rate, "stem": stem}
     overrides |= {k: v for k, v in common.items() if v is not None}
-    if architecture in USER_MODELS:
-        given = {"classes": classes, "input_shape": input_shape, "weights": weights, "name": name}
-        return USER_MODELS[architecture](**{k: v for k, v in given.items() if v is not None}, **overrides)
+    if registered:
+        given = {
+            "classes": classes, "include_top": include_top, "pooling": pooling, "input_shape": input_shape,
+            "input_tensor": input_tensor, "classifier_activation": classifier_activation, "weights": weights,
+            "include_preprocessing": include_preprocessing, "features_only": features_only, "out_indices": out_indices,
+            "name": name,
+        }  # fmt: skip
+        usual = {key: parameter.default for key, parameter in inspect.signature(build).parameters.items()}
+        asked = {k: v for k, v in given.items() if v is not usual[k] and not (isinstance(v, str) and v == usual[k])}
+        return USER_MODELS[architecture](**asked, **overrides)
     if weights in PUBLISHERS:
         from nfzoo.convert import published
 
@@ -146,9 +165,7 @@ def build(
                 input_shape = tuple(stored["input"]["shape"][1:])
     variant, spec = resolve_fields(parsed, overrides)
     classes = spec.classes if classes is None else classes
-    classes = operator.index(classes)  # NumPy's integers too
-    if classes < 1:
-        raise ValueError(f"Expected classes >= 1 (include_top=False leaves the head out). Received: classes={classes}")
+    classes = _count(classes)
     if pooling not in ("avg", "max", None) or (include_top and pooling is None):
         raise ValueError(f'Expected pooling "avg" or "max", or None with include_top=False. Received: {pooling!r}')
     if out_indices is not None and not features_only:
@@ -188,7 +205,8 @@ def _assemble(
 
     if (order := keras.config.image_data_format()) != "channels_last":
         raise ValueError(f'Expected keras.config.image_data_format() "channels_last". Received: {order!r}')
-    shape = tuple(input_tensor.shape[1:]) if input_tensor is not None else tuple(input_shape or spec.input_shape)
+    given = input_shape if input_tensor is None else input_tensor.shape[1:]
+    shape = tuple(spec.input_shape if given is None else given)
     _check_shape(shape, spec.min_size)
     x = keras.Input(shape, name="image") if input_tensor is None else input_tensor
     sources = [x] if input_tensor is None else keras.utils.get_source_inputs(input_tensor)
@@ -196,7 +214,8 @@ def _assemble(
     if include_preprocessing:
         if shape[-1] != 3:
             raise ValueError(f"Expected three channels for include_preprocessing=True. Received: input_shape={shape}")
-        mean, std = preprocessing["mean"], preprocessing["std"]
+        constants = preprocessing if include_preprocessing is True else include_preprocessing
+        mean, std = constants["mean"], constants["std"]
         scale, offset = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
         x = layers.Rescaling(scale, offset, name="preprocess")(x)
     x, pyramid = module.body(spec, variant, x)
@@ -252,19 +271,20 @@ def set_head(model: Any, classes: int, activation: str | None = None) -> Any:
 
     from nfzoo.trainer import NFModel
 
-    classes = operator.index(classes)
-    if classes < 1:
-        raise ValueError(f"Expected classes >= 1. Received: classes={classes}")
+    classes = _count(classes)
     head = next((layer for layer in model.layers if layer.name == "head"), None)
-    if head is None:
-        raise ValueError(f'Expected a model with a layer "head". Received: {model.name}, which has none')
+    if head is None or head.output is not model.output:
+        raise ValueError(
+            f'Expected a model that ends with a layer "head". Received: {model.name}, which '
+            + ("has none" if head is None else "goes on behind it")
+        )
     changes = {"units": classes, "activation": activation, "trainable": True}
     new = layers.Dense.from_config({**head.get_config(), **changes})
     return NFModel(model.input, new(head.input), name=model.name)
 
 
 def multiply_adds(model: Any) -> int:
-    """Count the multiply-adds of one example through the convolutions and dense layers of a built model."""
+    """Count the multiply-adds of one example through the 2D convolutions and dense layers of a built model."""
     from keras import layers
 
     total = 0
@@ -317,12 +337,16 @@ def model_info(name: str, **overrides) -> ModelInfo:
         model = build(name, **overrides)
         counts = {**measure(name, **overrides)}
         return ModelInfo(name, "user", "user", *model.input_shape[1:2] * 2, model.output_shape[-1], **counts, paper="")
+    if None in (overrides.get("input_shape") or ()):
+        raise ValueError(
+            f"Expected an input_shape of known sides: cost depends on it. Received: {overrides['input_shape']}"
+        )
     parsed = parse(name)
     anew = overrides or parsed.overrides
     counts = measure(name, **overrides) if anew else _manifest()[str(parsed)]
-    spec = parsed.spec
-    size = overrides.get("input_shape", spec.input_shape)[0]
-    classes = overrides.get("classes", spec.classes)
+    spec = resolve_fields(parsed, overrides_of(overrides))[1] if anew else parsed.spec  # the variants import Keras
+    size = (overrides.get("input_shape") or spec.input_shape)[0]
+    classes = overrides.get("classes") or spec.classes
     paper = FAMILIES[parsed.family].PAPER
     test_size = spec.test_size or spec.size
     return ModelInfo(str(parsed), parsed.family, parsed.variant, size, test_size, classes, **counts, paper=paper)

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Set
 
 import h5py
@@ -43,7 +44,7 @@ def save(model: keras.Model, path: str | pathlib.Path) -> pathlib.Path:
     """Write all weights (moving statistics included, random states not) as safetensors.
 
     Raises:
-        ValueError: for another ending than .safetensors.
+        ValueError: for another ending than .safetensors, or several weights of one path.
 
     Example:
         >>> import nfzoo, tempfile
@@ -54,6 +55,7 @@ def save(model: keras.Model, path: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"Expected a path that ends with .safetensors. Received: {path}")
+    _check_paths(model)
     # In C order for safetensors; np.ascontiguousarray would make a vector of a scalar.
     tensors = {v.path: np.asarray(keras.ops.convert_to_numpy(v), order="C") for v in model.weights}
     metadata = {"model": model.name, "format": "nfzoo", "reading": json.dumps(reading(model))}
@@ -61,6 +63,17 @@ def save(model: keras.Model, path: str | pathlib.Path) -> pathlib.Path:
         # Its save_file makes files that nobody else may read.
         partial.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
     return path
+
+
+def _check_paths(model: keras.Model) -> None:
+    """Refuse what a path does not identify: two networks of one architecture within a model, say."""
+    count = Counter(v.path for v in model.weights)
+    several = [path for path, n in count.items() if n > 1]
+    if several:
+        raise ValueError(
+            f"Expected weights of different paths. Received: {model.name}, which has several of {shorten(several)}. "
+            "Keep it as a whole (model.save), or save the networks in it one by one"
+        )
 
 
 def reading(model: keras.Model) -> dict[str, dict]:
@@ -167,6 +180,7 @@ def fill(
     Raises:
         ValueError: what is left on either side, or has another shape, is listed; nothing is written then.
     """
+    _check_paths(model)
     values, used, missing, differing = [], set(), [], {}
     for variable in model.weights:
         key, path, shape = rename(variable.path), variable.path, tuple(variable.shape)

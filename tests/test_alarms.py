@@ -261,3 +261,16 @@ def test_an_injected_nan_is_found_where_it_was_put():
     alarm = _only(pd.concat([before, _snapshot(model, (32,)).assign(step=12, epoch=1)]))
     assert (alarm.kind, alarm.layer, alarm.step) == ("NaN origin", "dense3", 12)
     assert "between step 0 and 12" in alarm.sentence
+
+
+def test_a_layer_called_out_is_no_block():
+    """Only the stream of blocks would be judged otherwise, which is the classifier here."""
+    x = np.random.default_rng(0).standard_normal((16, 8)).astype("float32")
+    small = keras.initializers.RandomNormal(stddev=1e-4)
+    hidden = [layers.Dense(8, kernel_initializer=small) for _ in range(6)]
+    net = keras.Sequential([keras.Input((8,)), *hidden, layers.Dense(3, name="class_out")])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    log = spp.snapshot(net, x, np.zeros(16, int), loss=loss)
+    assert set(log.place[log.kind == "activation"]) == {"preactivation"} and "collapse" in {
+        alarm.kind for alarm in alarms(log)
+    }

@@ -132,6 +132,13 @@ def test_set_head_under_mixed_precision_keeps_logits_in_float32():
     assert model.output.dtype == "float32"
 
 
+def test_set_head_drops_nothing():
+    model = nfzoo.build("nf_test_resnet")
+    ended = keras.Model(model.input, keras.layers.Softmax()(model.output), name="ended")
+    with pytest.raises(ValueError, match="ended, which goes on behind it"):
+        nfzoo.set_head(ended, 3)
+
+
 def test_set_head_needs_a_head_and_classes():
     with pytest.raises(ValueError, match="which has none"):
         nfzoo.set_head(nfzoo.build("nf_test_regnet", include_top=False), 3)

@@ -291,6 +291,17 @@ def test_serve_check(run, tmp_path, format):
         export.serve_check(to, [tmp_path / "text.png"])
     with pytest.raises(ValueError, match="Expected a SavedModel's folder"):
         export.serve_check(tmp_path / "nothing.onnx")
+    assert served.note is None
+
+
+def test_serve_check_says_what_it_does_not_know(tmp_path):
+    Image.fromarray(load_sample_image("china.jpg")).save(tmp_path / "china.png")
+    model = nfzoo.build("bn_test_resnet")
+    notes = []
+    for name, stated in (("unknown", {}), ("known", {"mean": [0.5] * 3, "std": [0.5] * 3})):
+        export.export(model, tmp_path / f"{name}.onnx", **stated)
+        notes.append(export.serve_check(tmp_path / f"{name}.onnx", [tmp_path / "china.png"]).note)
+    assert "pixels in [0, 255]" in notes[0] and notes[1] is None
 
 
 @pytest.mark.slow

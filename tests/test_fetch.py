@@ -14,7 +14,7 @@ import safetensors.numpy
 from conftest import built, same
 
 import nfzoo
-from nfzoo import names
+from nfzoo import names, registry
 from nfzoo.convert import deepmind, driver, keras_applications, published
 from nfzoo.fetch import fetch
 
@@ -202,6 +202,30 @@ def test_build_with_published_weights(zoo, server, tmp_path):
     assert stored == {f"downloads/{name}" for name in expected}
     nfzoo.build("test_nfnet", weights="timm", **SHAPE)
     assert len(server.asked) == 3
+
+
+def test_published_weights_get_the_images_they_expect(zoo, server, monkeypatch):
+    x = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    key, raw = ("timm", "bn_test_efficientnet"), {"include_preprocessing": True, **SHAPE}
+    plain = nfzoo.build("bn_test_efficientnet", weights="timm", **SHAPE)
+    mean, std = (np.array(registry.PREPROCESSING[k]) for k in ("mean", "std"))
+    for expected in ((x / 255 - mean) / std, x / 127.5 - 1):
+        model = nfzoo.build("bn_test_efficientnet", weights="timm", **raw)
+        np.testing.assert_allclose(np.asarray(model(x)), np.asarray(plain(expected.astype("float32"))), rtol=1e-4)
+        monkeypatch.setitem(published._PREPROCESSING, key, published.preprocessing("timm", "resnetv2_50"))
+    monkeypatch.setitem(published._PREPROCESSING, key, published.preprocessing("imagenet", "resnet50"))
+    with pytest.raises(ValueError, match="preprocess_input"):
+        nfzoo.build("bn_test_efficientnet", weights="timm", **raw)
+    assert all(key in published.TABLE[source] for source, key in published._PREPROCESSING)
+
+
+@pytest.mark.parametrize("overrides", [{"stem": "small"}, {"epsilon": 0.1}, {"activation": "relu"}])
+def test_published_weights_are_not_computed_otherwise(zoo, server, overrides):
+    with pytest.raises(ValueError, match=f"{next(iter(overrides))}.*convert.load"):
+        nfzoo.build("bn_test_efficientnet", weights="timm", **SHAPE, **overrides)
+    assert not server.asked
+    usual = {"dropout_rate": 0.5, "drop_path_rate": 0.1, "momentum": 0.9}
+    nfzoo.build("bn_test_efficientnet", weights="timm", **SHAPE, **usual)
 
 
 def test_the_source_decides_the_dialect(zoo):

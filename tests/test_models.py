@@ -8,7 +8,7 @@ import pytest
 from conftest import VARIANTS, crossentropy, slow_but
 
 import nfzoo
-from nfzoo import names
+from nfzoo import names, weights
 
 TINY = nfzoo.list_models("*_test_*", tests=True)
 
@@ -214,11 +214,40 @@ def test_drop_rates():
         ({"pooling": "median"}, "'median'"),
         ({"pooling": None}, "include_top=False"),
         ({"stem": "large"}, "stem='large'"),
+        ({"classes": "10"}, "whole number.*'10'"),
     ],
 )
 def test_bad_arguments(arguments, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         nfzoo.build("sn_test_efficientnet", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "match"),
+    [
+        ("nf_test_nfnet", {"group_width": 512}, "one group.*group_width.*0 channels"),
+        ("nf_test_regnet", {"group_width": 4096}, "one group.*group_width.*0 channels"),
+        ("bn_resnet18", {"groups": 32}, "groups=32"),
+        ("bn_resnet20_cifar", {"group_width": 4}, "group_width=4"),
+    ],
+)
+def test_groups_that_cannot_be(name, fields, match):
+    with pytest.raises(ValueError, match=match):
+        nfzoo.build(name, **fields)
+
+
+def test_an_array_is_a_shape_and_no_dialect_the_usual_one():
+    model = nfzoo.build("nf_test_resnet", input_shape=np.array([32, 48, 3]), dialect=None)
+    assert model.input_shape == (None, 32, 48, 3)
+    assert weights.reading(model) == weights.reading(nfzoo.build("nf_test_resnet", input_shape=(32, 48, 3)))
+
+
+def test_preprocessing_by_constants_of_ones_own():
+    x = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+    own = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    model, plain = (nfzoo.build("bn_test_resnet", include_preprocessing=p) for p in (own, False))
+    model.set_weights(plain.get_weights())
+    np.testing.assert_allclose(np.asarray(model(x)), np.asarray(plain(x / 127.5 - 1)), atol=1e-5)
 
 
 def test_unknown_keyword_names_the_accepted_ones():

@@ -120,6 +120,30 @@ def test_registered_models(monkeypatch):
         nfzoo.register_model(lambda: keras.Model(), name="bn_efficientnet_b0")
 
 
+def test_registered_models_get_every_argument(monkeypatch):
+    monkeypatch.setattr(names, "USER_MODELS", {})
+    monkeypatch.setattr(registry, "USER_MODELS", names.USER_MODELS)
+
+    @nfzoo.register_model(name="my.net")
+    def mine(*, classes=10, input_shape=None, include_top=True, classifier_activation=None):
+        asked = {"include_top": include_top, "classifier_activation": classifier_activation}
+        return nfzoo.build("sn_test_efficientnet", classes=classes, input_shape=input_shape, **asked)
+
+    assert nfzoo.build("my.net", include_top=False).output_shape == (None, 64)
+    shares = np.asarray(nfzoo.build("my.net", classifier_activation="softmax")(np.ones((1, 32, 32, 3))))
+    assert shares.sum() == pytest.approx(1)
+    with pytest.raises(TypeError, match="include_preprocessing"):
+        nfzoo.build("my.net", include_preprocessing=True)
+
+
+def test_info_is_of_the_size_asked_for():
+    small, large = (nfzoo.model_info("bn_test_resnet", **size) for size in ({}, {"size": 64, "test_size": 96}))
+    assert (large.input_size, large.test_size) == (64, 96) and large.multiply_adds > 3 * small.multiply_adds
+    assert nfzoo.model_info("bn_test_resnet", input_shape=(64, 64, 3)).multiply_adds == large.multiply_adds
+    with pytest.raises(ValueError, match="known sides"):
+        nfzoo.model_info("bn_test_resnet", input_shape=(None, None, 3))
+
+
 def test_ffnn_width_and_depth_are_overrides():
     model = nfzoo.build("bn_ffnn_10x100", width=24, depth=3)
     assert [layer.units for layer in model.layers if isinstance(layer, keras.layers.Dense)] == [24, 24, 100]

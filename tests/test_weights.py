@@ -48,6 +48,17 @@ def test_scalars_and_bfloat16_come_back(tmp_path):
     assert _same(nfzoo.build("nf_test_efficientnet", weights=path), half)
 
 
+def test_two_networks_of_one_architecture_are_no_file_of_paths(tmp_path):
+    image = keras.Input((32, 32, 3))
+    pair = keras.Model(image, keras.layers.Average()([nfzoo.build("nf_test_resnet", name=n)(image) for n in "ab"]))
+    for store in (lambda: weights.save(pair, tmp_path / "p.safetensors"), lambda: weights.fill(pair, {}, "a mapping")):
+        with pytest.raises(ValueError, match=r"several of stem_conv1/kernel"):
+            store()
+    with pytest.raises(ValueError, match=r"several of stem_conv1/kernel"):
+        nfzoo.spp.snapshot(pair, np.zeros((2, 32, 32, 3), "float32"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("variant", ["none", "bn", "gn", "sn", "nf", "fixup", "skipinit", "rescale", "eun"])
 def test_round_trip_of_every_variant(variant, tmp_path):
     """Scalars (gains) too."""

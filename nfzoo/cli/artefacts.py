@@ -69,5 +69,7 @@ def serve_check(
         for name, probability in best:
             table.add_row(name, f"{probability:.1%}")
         console.print(table)
+    if served.note:
+        say(served.note)
     if served.milliseconds is not None:
         say(f"{served.milliseconds:.1f} ms for one image")

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import keras
+
 from nfzoo import names, registry, weights
 from nfzoo.convert import driver
 from nfzoo.fetch import fetch
@@ -47,6 +49,14 @@ TABLE: dict[str, dict[str, tuple[str, str | None]]] = {
         },
     },
 }
+# What weights expect of their images, by source and architecture, where it is not ImageNet's mean and deviation of
+# x / 255; None: what no mean and deviation give, BGR for one.
+_TO_MINUS_ONE = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_PREPROCESSING: dict[tuple[str, str], dict | None] = {
+    **{("timm", f"resnetv2_{n}"): _TO_MINUS_ONE for n in (50, 101)},
+    **{("imagenet", f"resnetv2_{n}"): _TO_MINUS_ONE for n in (50, 101, 152)},
+    **{("imagenet", f"resnet{n}"): None for n in (50, 101, 152)},
+}
 _CONVERTER = {"timm": "timm", "deepmind": "deepmind", "imagenet": "keras"}
 
 
@@ -57,14 +67,18 @@ def load(architecture: str, /, source: str, *, classes: int | None = None, **bui
         architecture: name of a model, ours or the source's.
         source: "timm", "deepmind" or "imagenet" (keras.applications); it decides the dialect.
         classes: another number than the file's gives a new classifier upon the published body.
-        **build_options: of `nfzoo.build`, without weights.
+        **build_options: of `nfzoo.build`, without weights; include_preprocessing=True is what these expect.
 
     Raises:
-        ValueError: no such weights (those that exist are listed), or a download of another digest.
+        ValueError: no such weights (those that exist are listed), a download of another digest, overrides that let the
+            network compute otherwise with them, or preprocessing that is none of means and deviations.
         ConnectionError: see `nfzoo.fetch.fetch`.
     """
     registry.resolve(architecture, build_options)  # a mistake is said before the download
     key, address, digest = find(architecture, source, build_options.get("dialect"))
+    if build_options.get("include_preprocessing") is True:
+        build_options["include_preprocessing"] = _constants(source, key)
+    _check_overrides(architecture, source, build_options)
     ending = address.rpartition(".")[-1]
     path = fetch(address, weights.home() / "downloads" / source / f"{key}.{ending}", digest)
     model_name = build_options.pop("name", None)
@@ -79,6 +93,46 @@ def load(architecture: str, /, source: str, *, classes: int | None = None, **bui
     if whole and classes not in (None, model.output_shape[-1]):
         return registry.set_head(model, classes, build_options.get("classifier_activation"))
     return model
+
+
+def preprocessing(source: str, key: str) -> dict | None:
+    """Mean and deviation of x / 255 that published weights expect; None where it is something else.
+
+    Example:
+        >>> preprocessing("timm", "resnetv2_50")["mean"]
+        (0.5, 0.5, 0.5)
+    """
+    return _PREPROCESSING.get((source, key), registry.PREPROCESSING)
+
+
+def _constants(source: str, key: str) -> dict:
+    constants = preprocessing(source, key)
+    if constants is None:
+        raise ValueError(
+            f"Expected include_preprocessing=False with the weights of {key}, which take BGR less the means of its "
+            "channels: keras.applications.resnet.preprocess_input. Received: include_preprocessing=True"
+        )
+    return constants
+
+
+def _check_overrides(architecture: str, source: str, options: dict) -> None:
+    """Refuse fields with which a network computes otherwise than the one whose weights these are."""
+    overrides = registry.overrides_of(options)
+    spoken = {key: overrides.pop(key) for key in ("dialect",) if key in overrides}
+    if not overrides:
+        return
+    size = {"input_shape": options.get("input_shape")} if options.get("input_tensor") is None else {}
+    with keras.StatelessScope():  # settings only: no weight is drawn
+        ours, theirs = (
+            weights.reading(registry.build(architecture, **of)) for of in (spoken | overrides | size, spoken | size)
+        )
+    differing = [layer for layer in ours.keys() | theirs.keys() if ours.get(layer) != theirs.get(layer)]
+    if differing:
+        raise ValueError(
+            f"Expected overrides that leave {architecture} what {source}'s weights were trained for. Received: "
+            f"{overrides}, which change {weights.shorten(sorted(differing))}. nfzoo.convert.load takes a downloaded "
+            "file with overrides as they are."
+        )
 
 
 def source_of(tagged: str) -> str | None:

@@ -26,6 +26,16 @@ class Served:
     top: list[list[tuple[str, float]]]
     milliseconds: float | None
 
+    @property
+    def note(self) -> str | None:
+        """What was taken for granted because the card does not tell it."""
+        if not self.top or "input" in self.card:
+            return None
+        return (
+            "The artefact does not say what images it takes; it was given pixels in [0, 255]. If it takes others, "
+            "export it with mean= and std=, or preprocess=True."
+        )
+
 
 def serve_check(path: str | pathlib.Path, images: list[str | pathlib.Path] = (), top: int = 5) -> Served:
     """Load an artefact with its own runtime and classify image files with it.

@@ -10,6 +10,7 @@ import numpy as np
 from keras import layers
 
 from nfzoo import data, engine, recipes, registry, weights
+from nfzoo.convert import published
 from nfzoo.export.serve import read_image, standardized
 from nfzoo.sources import SUFFIXES
 
@@ -116,7 +117,9 @@ def _found(given: keras.Model | str | pathlib.Path, examples: int, stated: dict)
     entry = weights.entry_of(name, tag) if tag else None
     keys = ("model", "build", "input", "classes", "data", "metrics", "seed", "commit", "licence")
     card = {"model": str(given), **{key: entry[key] for key in keys if key in (entry or {})}}
-    return _of_model(registry.build(str(given)), {"input": registry.PREPROCESSING, **card}, examples)
+    source = published.source_of(str(given))
+    constants = published.preprocessing(source, name) if source else registry.PREPROCESSING
+    return _of_model(registry.build(str(given)), {"input": constants, **card}, examples)
 
 
 def _is_path(given: str) -> bool:

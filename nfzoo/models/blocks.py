@@ -110,6 +110,13 @@ class Conv:
     stride: int = 1
     groups: int = 1
 
+    def __post_init__(self):
+        if self.filters < 1 or self.groups < 1:
+            raise ValueError(
+                "Expected convolutions of at least one channel and one group. Received: widths, and a group_width or a "
+                f"bottleneck, that give {self.filters} channels in {self.groups} groups"
+            )
+
 
 @dataclass(frozen=True)
 class Block:

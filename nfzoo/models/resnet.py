@@ -47,6 +47,11 @@ class Spec(ResidualSpec):
                 'Expected stride_at 1 or 2, and downsample_at "first" or "last". '
                 f"Received: stride_at={self.stride_at!r}, downsample_at={self.downsample_at!r}"
             )
+        if not self.bottleneck and (self.groups, self.group_width) != (1, 64):
+            raise ValueError(
+                "Expected groups=1 and group_width=64 in a network of basic blocks: only bottlenecks have groups. "
+                f"Received: groups={self.groups}, group_width={self.group_width}"
+            )
 
     @property
     def stem_out(self) -> int:

@@ -50,7 +50,7 @@ def weights(
     if any("histogram" not in log or log.histogram.isna().all() for log in logs.values()):
         raise ValueError(
             f'Expected records of kind {kind!r} with the statistic "histogram". Received: a log without; record them '
-            'with nfzoo.SignalPropagation(what="weights", statistics=("histogram", …))'
+            'with nfzoo.SignalPropagation(what=("weights",), statistics=("histogram", …))'
         )
     longest = max(log.step.nunique() for log in logs.values())
     figure = new_figure(1.2 + 4.2 * min(longest, 2), 0.8 + 2.3 * len(logs))

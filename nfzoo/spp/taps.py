@@ -49,7 +49,7 @@ def select_taps(model: keras.Model, taps: str | type | Sequence | Callable = "au
         own = any(type(layer).__name__ == "Tap" for layer in known.values())
         taps = "blocks" if own else (*MERGES, *ACTIVATIONS, *WEIGHTED)
     if taps == "blocks":
-        names = [name for name in known if place(name) in ("block", "branch")]
+        names = [name for name, layer in known.items() if place(name, layer) in ("block", "branch")]
         names = names or [name for name, layer in known.items() if isinstance(layer, MERGES)]
         names = names or [name for name, layer in known.items() if isinstance(layer, WEIGHTED)]
     elif taps == "layers":
@@ -83,7 +83,8 @@ def place(name: str, layer: keras.Layer | None = None) -> str:
         ('block', 'branch', 'layer')
     """
     match = re.search(r"_(out|branch)\d*(#\d+)?$", name)
-    if match:
+    # A layer of somebody's network may be called "class_out" and be no block's.
+    if match and (layer is None or type(layer).__name__ in ("Tap", "Merge") or re.search("block|stage", name)):
         return {"out": "block", "branch": "branch"}[match.group(1)]
     if isinstance(layer, MERGES) or type(layer).__name__ == "Merge":
         return "merge"
