@@ -294,13 +294,19 @@ def test_the_commit_recorded_is_that_of_nfzoos_own_checkout(tmp_path, monkeypatc
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a project"], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
     for site in (tmp_path / "lib" / "site-packages", tmp_path):
         monkeypatch.setattr(nfzoo, "__file__", str(site / "nfzoo" / "__init__.py"))
         (site / "nfzoo").mkdir(parents=True)
         assert folder._commit() is None
-    (tmp_path / "setup.py").touch()
-    assert head.startswith(folder._commit().removesuffix("-dirty"))
+    for name in ("setup.py", "results.csv", "nfzoo/__init__.py"):
+        (tmp_path / name).touch()
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "nfzoo"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    (tmp_path / "results.csv").write_text("a measurement")
+    assert head.startswith(folder._commit())
+    (tmp_path / "nfzoo" / "__init__.py").write_text("changed")
+    assert folder._commit() == f"{head[:12]}-dirty"
 
 
 def test_progress_is_plain_lines_without_a_terminal(tmp_path, console):

@@ -63,13 +63,20 @@ def environment() -> dict:
 
 
 def _commit() -> str | None:
-    """Commit of nfzoo's own checkout; None for an installed package, whatever repository its folder lies in."""
+    """Commit of nfzoo's own checkout, "-dirty" where its code has changed since; results and documents do not count.
+
+    None for an installed package, whatever repository its folder lies in.
+    """
     root = pathlib.Path(nfzoo.__file__).parents[1]
     if not ((root / ".git").exists() and (root / "setup.py").exists()):
         return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "nfzoo")
+        return git("describe", "--always", "--abbrev=12", "--exclude=*") + ("-dirty" if changed else "")
     return None
 
 
