@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -115,18 +115,32 @@ class StopOnNaN(keras.callbacks.Callback):
         self.model.stop_training = True
 
 
+STATISTICS_BATCHES = 16  # means and variances over some thousand examples
+
+
 class AverageWeights(keras.callbacks.Callback):
     """Validate with the moving average of the weights, where the optimizer keeps one, and train on with the weights.
 
-    `keras.callbacks.SwapEMAWeights` exchanges them by adding and subtracting, which rounds both.
+    `keras.callbacks.SwapEMAWeights` exchanges them by adding and subtracting, which rounds both, and leaves batch
+    normalization the statistics of the other weights. Here the average gets its own.
+
+    Args:
+        batches: of training, by number; on the first of them the average's statistics are measured. None: they stay.
     """
 
-    def __init__(self):
+    def __init__(self, batches: Sequence | None = None):
         super().__init__()
+        self._batches = batches
         self._weights: list[np.ndarray] | None = None
 
     def on_train_begin(self, logs=None) -> None:
-        self._optimizer = innermost(self.model.optimizer)
+        self._begin(self.model)
+
+    def _begin(self, model: keras.Model) -> None:
+        self._net, self._optimizer = model, innermost(model.optimizer)
+        found = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+        self._normalizations = [layer for layer in found if layer.trainable]
+        self._statistics = [v for layer in self._normalizations for v in layer.non_trainable_variables]
 
     def on_test_begin(self, logs=None) -> None:
         if self._optimizer.use_ema:
@@ -142,13 +156,12 @@ class AverageWeights(keras.callbacks.Callback):
 
     def end(self, model: keras.Model) -> None:
         """Do what the end of `fit` does, for a model of the last epoch: its average takes the place of its weights."""
-        self._optimizer = innermost(model.optimizer)
+        self._begin(model)
         if self._optimizer.use_ema:
             self._keep()
-            self.put_average()
 
     def _keep(self) -> None:
-        self._weights = [np.array(keras.ops.convert_to_numpy(v)) for v in self._optimizer._trainable_variables]
+        self._weights = _copies([*self._optimizer._trainable_variables, *self._statistics])
 
     @property
     def kept(self) -> bool:
@@ -158,11 +171,32 @@ class AverageWeights(keras.callbacks.Callback):
     def put_back(self) -> None:
         """Give the model the weights that it trains with."""
         if self._weights is not None:
-            _assign(self._optimizer._trainable_variables, self._weights)
+            _assign([*self._optimizer._trainable_variables, *self._statistics], self._weights)
 
     def put_average(self) -> None:
         """Give the model the average of its weights. What Keras puts there when `fit` ends is, on JAX, no copy."""
         _assign(self._optimizer._trainable_variables, self._optimizer._model_variables_moving_average)
+        if self._batches is not None and self._normalizations:
+            self._measure()
+
+    def _measure(self) -> None:
+        """Let moving statistics be the mean over some training batches; random states stay as they are."""
+        learned = {id(v) for v in self._net.trainable_variables} | {id(v) for v in self._statistics}
+        others = [v for v in self._net.variables if id(v) not in learned]
+        momenta, before = [layer.momentum for layer in self._normalizations], _copies(others)
+        try:
+            for number in range(min(STATISTICS_BATCHES, len(self._batches))):
+                for layer in self._normalizations:
+                    layer.momentum = number / (number + 1)
+                self._net(self._batches[number][0], training=True)
+        finally:
+            for layer, momentum in zip(self._normalizations, momenta, strict=True):
+                layer.momentum = momentum
+            _assign(others, before)
+
+
+def _copies(variables) -> list[np.ndarray]:
+    return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
 
 
 def _assign(variables, values) -> None:

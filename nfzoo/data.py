@@ -213,7 +213,8 @@ def pipeline(images: Images, recipe: Recipe, shard: tuple[int, int] = (0, 1), mu
     """
     common = {"batch_size": recipe.batch_size, "mean": images.mean, "std": images.std, "seed": recipe.seed}
     common |= {"classes": len(images.classes) if recipe.one_hot else None, "shard": shard, "multiple": multiple}
-    on_validation = recipe.augment if recipe.augment.on_validation else None
+    whole = {"mixup": 0.0, "cutmix": 0.0, "rand_augment": None, "random_erasing": 0.0}  # to judge by
+    on_validation = recipe.augment.model_copy(update=whole) if recipe.augment.on_validation else None
     return {
         "train": Batches(images.train, shuffle=True, augment=recipe.augment, **common),
         "validation": Batches(images.validation, augment=on_validation, **common),

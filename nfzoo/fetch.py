@@ -12,6 +12,8 @@ import urllib.request
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from nfzoo.files import waited_for
+
 _CHUNK = 1 << 20
 _SECONDS = 30  # without a byte, until a connection counts as broken
 
@@ -41,9 +43,15 @@ def fetch(address: str, path: str | pathlib.Path, digest: str | None = None) -> 
     path = pathlib.Path(path)
     if path.exists():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with waited_for(path.parent):  # several workers may want it
+        if not path.exists():
+            _download(_mirrored(address), path, digest)
+    return path
+
+
+def _download(address: str, path: pathlib.Path, digest: str | None) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    address = _mirrored(address)
     try:
         stated = _receive(address, partial)
     except (OSError, http.client.HTTPException) as error:
@@ -54,7 +62,6 @@ def fetch(address: str, path: str | pathlib.Path, digest: str | None = None) -> 
         ) from None
     _verify(partial, address, digest or stated)
     partial.replace(path)
-    return path
 
 
 def _mirrored(address: str) -> str:

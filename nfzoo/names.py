@@ -84,6 +84,16 @@ def aliases() -> dict[str, Name]:
     return found
 
 
+def canonical(name: str) -> str:
+    """The name of ours that an alias stands for, without what the alias implies; any other name as it is.
+
+    Example:
+        >>> canonical("EfficientNetB0"), canonical("my_net")
+        ('bn_efficientnet_b0', 'my_net')
+    """
+    return str(aliases()[name]) if name in aliases() else name
+
+
 def parse(name: str) -> Name:
     """Resolve a model name.
 

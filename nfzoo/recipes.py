@@ -206,7 +206,8 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
             node = node[parent]
         if parents[:1] != ["build"]:
             _known(path, leaf, node)
-        node[leaf] = parse_value(value)
+        field = kind.model_fields.get(leaf) if kind else None
+        node[leaf] = value if field and field.annotation is str else parse_value(value)  # a name may look like a number
     return _validated(recipe, tree)
 
 
@@ -302,6 +303,11 @@ def parse_value(value: Any) -> Any:
         return {"true": True, "false": False}.get(value.lower(), value)
 
 
+def anywhere(recipe: Recipe) -> Recipe:
+    """The recipe of one run, without what does not decide it: the folder of its data, the seeds of others."""
+    return recipe.model_copy(update={"seeds": (0,), "data": recipe.data.model_copy(update={"data_dir": None})})
+
+
 def fingerprint(recipe: Recipe) -> str:
     """Twelve hexadecimal digits that name a recipe, whatever its seeds and the folder of its data.
 
@@ -311,7 +317,6 @@ def fingerprint(recipe: Recipe) -> str:
         >>> fingerprint(get("poster")) == fingerprint(override(get("poster"), {"seed": 67}))
         True
     """
-    anywhere = recipe.data.model_copy(update={"data_dir": None})
-    plain = recipe.model_copy(update={"seed": 0, "seeds": (0,), "data": anywhere})
+    plain = anywhere(recipe).model_copy(update={"seed": 0})
     tree = plain.model_dump(exclude_defaults=True)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

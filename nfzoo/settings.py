@@ -36,7 +36,7 @@ class Augment(_Frozen):
         mixup, cutmix: alpha of the Beta distribution of the weights, 0 for none; with both, each mixes half a batch.
         rand_augment: see `RandAugment`.
         random_erasing: probability that a box of an image becomes noise.
-        on_validation: augment the validation split too.
+        on_validation: crop and flip the validation split too.
     """
 
     crop_padding: int = Field(0, ge=0)

@@ -132,7 +132,9 @@ def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[s
     """root/<class>/*.png, or root/train/<class>/… beside root/test or root/val; without one, a fifth is held out."""
     train = root / "train" if (root / "train").is_dir() else root
     test = next((root / n for n in ("test", "val", "validation") if train != root and (root / n).is_dir()), None)
-    classes = tuple(sorted(p.name for p in train.iterdir() if p.is_dir()))
+    classes = _subfolders(train)
+    if test is not None and (others := sorted(set(_subfolders(test)) - set(classes))):
+        raise ValueError(f"Expected the classes of {train} in {test}. Received: {', '.join(others)} there alone")
 
     def read(folder):
         files = [
@@ -147,6 +149,10 @@ def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[s
         return Split(_stack((_open(p) for p, _ in files), size, str(folder)), np.array([y for _, y in files], np.int32))
 
     split = read(train)
+    if empty := [name for number, name in enumerate(classes) if number not in split.labels]:
+        raise ValueError(
+            f"Expected images in the folder of every class of {train}, not deeper. Received: none in {', '.join(empty)}"
+        )
     if test is not None:
         return split, read(test), classes
     order = np.random.default_rng(0).permutation(len(split))
@@ -154,11 +160,17 @@ def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[s
     return split.take(order[cut:]), split.take(order[:cut]), classes
 
 
+def _subfolders(folder: pathlib.Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+
+
 def _open(path: pathlib.Path) -> np.ndarray:
     from PIL import Image
 
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # Pillow would cut off what is above 255
+                raise ValueError("it has more than 8 bits a channel; save it with 8")
             return np.asarray(image.convert("RGB"))
     except Exception as error:
         raise OSError(f"Expected an image. Received: {path}, which cannot be read: {error}") from None

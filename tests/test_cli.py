@@ -104,6 +104,12 @@ def test_scan(call, tmp_path):
     assert all(resolved[key] == ran[key] for key in ("model", "build", "recipe", "fingerprint"))
 
 
+def test_a_scan_of_another_axis_is_drawn_along_it(call, tmp_path):
+    status, out, _ = call("scan", "sn_test_ffnn", "--clip-factor", "0.01,0.1", *TINY, "--epochs", 1, "--seeds", "0",
+                          "--out", tmp_path)  # fmt: skip
+    assert status == 0 and "nfzoo train sn_test_ffnn" in out and (tmp_path / "scan.png").exists()
+
+
 def test_learning_rates_are_scanned_unless_another_axis_is_asked_for(call):
     """A question on clip factors keeps the rate of the recipe."""
     planned = lambda *options: json.loads(call("scan", "sn_test_ffnn", *TINY, *options, "--dry-run")[1])  # noqa: E731

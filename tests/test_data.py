@@ -203,6 +203,35 @@ def test_folder_of_images_by_class(tmp_path):
     np.testing.assert_array_equal(bright, images.train.labels == 1)
 
 
+def test_folders_that_are_no_classes_are_said(tmp_path):
+    for name in ("train/ants", "train/bees", "train/.ipynb_checkpoints", "val/ants", "val/bee"):
+        _write(tmp_path / name, 3)
+    with pytest.raises(ValueError, match="Received: bee there alone"):
+        data.load(Data(name=str(tmp_path)))
+    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "bees")
+    assert data.load(Data(name=str(tmp_path))).classes == ("ants", "bees")
+    _write(tmp_path / "train" / "deep" / "er", 3)
+    with pytest.raises(ValueError, match="none in deep"):
+        data.load(Data(name=str(tmp_path)))
+
+
+def test_sixteen_bits_a_channel_are_refused(tmp_path):
+    _write(tmp_path / "ants", 3)
+    Image.fromarray(np.full((10, 12), 40_000, np.uint16)).save(tmp_path / "ants" / "deep.png")
+    with pytest.raises(OSError, match="deep.png.*more than 8 bits"):
+        data.load(Data(name=str(tmp_path)))
+
+
+def test_validation_images_are_cropped_but_not_mixed():
+    every = {"mixup": 0.5, "cutmix": 1.0, "rand_augment": {}, "random_erasing": 1.0, "on_validation": True}
+    recipe = recipes.Recipe(data=Data(name="fake"), augment=Augment(crop_padding=2, **every))
+    images = data.load(recipe.data)
+    shifted, labels = data.pipeline(images, recipe)["validation"][0]
+    assert set(np.unique(labels)) == {0.0, 1.0}
+    cropped = recipe.model_copy(update={"augment": Augment(crop_padding=2, on_validation=True)})
+    np.testing.assert_array_equal(shifted, data.pipeline(images, cropped)["validation"][0][0])
+
+
 def test_folder_without_a_test_split_holds_a_fifth_out(tmp_path):
     _write(tmp_path / "ants", 10)
     _write(tmp_path / "bees", 10)

@@ -198,6 +198,8 @@ def test_a_folder_holds_one_run(whole, tmp_path, console):
         engine.run(MODEL, _recipe(epochs=5), whole[0], overrides=BUILD, console=console)
     with pytest.raises(ValueError, match="its model"):
         engine.run("bn_test_ffnn", _recipe(), whole[0], overrides=BUILD, console=console)
+    elsewhere = _recipe(**{"data.data_dir": "/moved", "seeds": [1, 2]})  # neither decides this run
+    assert engine.run(MODEL, elsewhere, whole[0], overrides=BUILD, console=console) == whole[1]
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="other files"):
         engine.run(MODEL, _recipe(), tmp_path, console=console)
@@ -223,6 +225,26 @@ def test_evaluate_gives_the_accuracy_of_the_run(whole):
         engine.evaluate(folder, "digits")
     with pytest.raises(FileNotFoundError, match="folder of a run"):
         engine.evaluate(folder.parent)
+
+
+def test_evaluate_goes_by_the_names_of_classes(whole, tmp_path):
+    folder, metrics = whole
+    learned = engine.read_options(folder)["images"]["classes"]
+    images = data.load(recipes.Data(name="fake"))
+    arrays = {f"{name}_images": split.images for name, split in (("train", images.train), ("test", images.test))}
+    for name, order in (("same", learned[::-1]), ("other", ["w", "x", "y", "z"])):
+        labels = {f"{s}_labels": len(learned) - 1 - getattr(images, s).labels for s in ("train", "test")}
+        np.savez(tmp_path / f"{name}.npz", **arrays, **labels, classes=np.array(order))
+    got = engine.evaluate(folder, str(tmp_path / "same.npz"))
+    assert got["accuracy"] == pytest.approx(engine.evaluate(folder, "fake")["accuracy"], abs=1e-6)
+    with pytest.raises(ValueError, match="4 classes, w, x, y, z"):
+        engine.evaluate(folder, str(tmp_path / "other.npz"))
+
+
+def test_an_alias_gets_what_the_recipe_says_of_its_network():
+    recipe = recipes.get("poster")
+    for alias in ("efficientnet_b0", "EfficientNetB0", "tf_efficientnet_b0"):
+        assert engine.options(alias, recipe)["build"] == engine.options("bn_efficientnet_b0", recipe)["build"]
 
 
 def test_the_test_split_is_not_read_where_a_choice_follows(tmp_path):

@@ -1,5 +1,6 @@
 """Downloads against a server on this machine: resumed, verified, refused; and models with published weights."""
 
+import concurrent.futures
 import hashlib
 import http.server
 import pickle
@@ -83,6 +84,13 @@ def test_a_file_is_downloaded_once(server, tmp_path):
         assert fetch(ADDRESS, path, f"sha256:{SHA256}") == path
         assert path.read_bytes() == CONTENT
     assert server.asked == [("/folder/model.bin", None)] and list(path.parent.iterdir()) == [path]
+
+
+def test_two_that_want_one_file_get_it_once(server, tmp_path):
+    path = tmp_path / "model.bin"
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert {*pool.map(lambda _: fetch(ADDRESS, path).read_bytes(), range(4))} == {CONTENT}
+    assert len(server.asked) == 1
 
 
 def test_a_connection_that_breaks_is_resumed_by_the_next_call(server, tmp_path):

@@ -124,7 +124,17 @@ ALLOWED = {
     "certify.py": {"backend", "names", "registry"},
     "export/runtimes.py": set(),
     "export/card.py": set(),
-    "export/source.py": {"convert", "data", "engine", "export.serve", "recipes", "registry", "sources", "weights"}
+    "export/source.py": {
+        "convert",
+        "data",
+        "engine",
+        "export.serve",
+        "names",
+        "recipes",
+        "registry",
+        "sources",
+        "weights",
+    }
     | {"convert.published"},
     "export/onnx_file.py": {"folding.graph", "layers"},
     "export/formats.py": {"export", "export.onnx_file", "folding", "weights"},
@@ -132,7 +142,7 @@ ALLOWED = {
     "export/__init__.py": {"export", "files", "weights"}
     | {f"export.{n}" for n in ("card", "formats", "runtimes", "serve", "source")},
     "weights.py": {"files"},
-    "fetch.py": set(),
+    "fetch.py": {"files"},
     "callbacks.py": {"backend", "files", "optimizers"},
     "names.py": {f"models.{n}" for n in ("efficientnet", "ffnn", "nfnet", "regnet", "resnet")} | {"models", "variants"},
     "registry.py": {"names", "models.sites", "variants", "trainer", "weights", "convert", "convert.published"},

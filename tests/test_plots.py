@@ -314,6 +314,9 @@ def test_histories():
     figure = plots.histories({"bn": pd.DataFrame(run), "nf": pd.DataFrame(run)})
     assert [len(axes.lines) for axes in figure.axes] == [4, 4]
     np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), [3, 2])
+    without = pd.DataFrame({key: run[key] for key in ("epoch", "loss", "accuracy")})
+    named = plots.histories({"bn": without}).axes[1].get_legend().get_texts()
+    assert [text.get_text() for text in named] == ["bn"]
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

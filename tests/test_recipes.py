@@ -216,3 +216,16 @@ def test_the_command_lists_all_rows(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     assert "Expected the name of the recipe" in capsys.readouterr().err
+
+
+def test_a_name_may_look_like_a_number():
+    assert recipes.override(recipes.get("demo"), {"data.name": "2024"}).data.name == "2024"
+
+
+def test_the_classifier_alone_keeps_the_groups_that_it_is_in():
+    from nfzoo.engine import learning
+
+    alone = learning._of_the_head(recipes.override(recipes.get("finetune"), {"optimizer.groups": [
+        {"pattern": "gain|bias", "weight_decay": 0.0}, {"pattern": "stem.*", "learning_rate": 0.1}
+    ]}))  # fmt: skip
+    assert [group.pattern for group in alone.optimizer.groups] == ["gain|bias"]

@@ -113,15 +113,16 @@ def _run(out, console, recipe=None, model=MODEL):
     return engine.run(model, recipe or _recipe(), out, overrides=BUILD, taps=None, console=console)
 
 
-def test_a_run_that_stops_behind_its_last_checkpoint_ends_as_an_undisturbed_one(tmp_path, monkeypatch, console):
+@pytest.mark.parametrize("model", [MODEL, "bn_test_ffnn"])
+def test_a_run_that_stops_behind_its_last_checkpoint_ends_as_an_undisturbed_one(model, tmp_path, monkeypatch, console):
     """The checkpoint holds the weights; the network of the run is their average, and the figures are its own."""
     recipe = _recipe(ema=0.9, epochs=2)
-    expected = _run(tmp_path / "whole", console, recipe)
+    expected = _run(tmp_path / "whole", console, recipe, model)
     with monkeypatch.context() as patch:
         patch.setattr(training, "_metrics", lambda *_: pytest.fail("stopped"))
         with pytest.raises(pytest.fail.Exception):
-            _run(tmp_path / "stopped", console, recipe)
-    got = _run(tmp_path / "stopped", console, recipe)
+            _run(tmp_path / "stopped", console, recipe, model)
+    got = _run(tmp_path / "stopped", console, recipe, model)
     different = ("seconds", "images_per_second")
     assert {k: v for k, v in got.items() if k not in different} == {
         k: v for k, v in expected.items() if k not in different
@@ -130,6 +131,28 @@ def test_a_run_that_stops_behind_its_last_checkpoint_ends_as_an_undisturbed_one(
     nets = [engine.load_run(tmp_path / name) for name in ("whole", "stopped")]
     for a, b in zip(*(net.get_weights() for net in nets), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_an_average_is_judged_and_kept_with_statistics_of_its_own(tmp_path, console):
+    """Those of the other weights would normalize it wrongly; the training goes on as if nobody had measured."""
+    recipe = _recipe(**{"ema": 0.9, "optimizer.learning_rate": 0.02})
+    metrics = _run(tmp_path / "run", console, recipe, "bn_test_ffnn")
+    net = engine.load_run(tmp_path / "run")
+    batches = data.pipeline(data.load(recipe.data, recipe.seed), recipe)
+    first = net.get_layer("hidden_norm1")
+    seen = keras.Model(net.input, first.input)
+    taken = [np.asarray(seen(batches["train"][n][0])) for n in range(min(16, len(batches["train"])))]
+    for moving, expected in (
+        (first.moving_mean, np.mean([x.mean(0) for x in taken], axis=0)),
+        (first.moving_variance, np.mean([x.var(0) for x in taken], axis=0)),
+    ):
+        np.testing.assert_allclose(np.asarray(moving), expected, rtol=1e-4, atol=1e-5)
+    last = pd.read_csv(tmp_path / "run" / "history.csv").iloc[-1]
+    judged = net.evaluate(batches["validation"], verbose=0, return_dict=True)
+    assert judged["loss"] == pytest.approx(last.val_loss, rel=1e-5) and last.val_loss == metrics["val_loss"]
+    plain = _run(tmp_path / "plain", console, _recipe(**{"optimizer.learning_rate": 0.02}), "bn_test_ffnn")
+    assert plain["test_loss"] == pytest.approx(metrics["test_loss_without_average"], rel=1e-6)
+    assert plain["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
 
 
 def test_a_lock_on_a_file_that_was_taken_away_is_none(tmp_path, monkeypatch):

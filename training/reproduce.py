@@ -49,6 +49,15 @@ def line(row: Row, seed: int, recipe: recipes.Recipe, metrics: dict, folder: pat
     }  # fmt: skip
 
 
+def lines_of_row(results: pd.DataFrame, row: Row) -> pd.DataFrame:
+    """Lines of a row as it is defined now, of any seed."""
+    if not len(results):
+        return results
+    resolved = engine.options(row.model, recipe_of(row, 0, None), row.build)
+    key = [row.name, row.model, json.dumps(resolved["build"], sort_keys=True), resolved["fingerprint"]]
+    return results[(results[KEY[:-1]].astype(str) == key).all(axis=1)]
+
+
 def lines_of(results: pd.DataFrame, row: Row, seed: int, recipe: recipes.Recipe) -> pd.Series:
     """Which lines of a CSV are those of this run."""
     resolved = engine.options(row.model, recipe, row.build)
@@ -83,7 +92,7 @@ def markdown(table: str, results: pd.DataFrame) -> str:
     """The table as README shows it: test accuracy in percent, mean ± std over seeds."""
     lines = ["| model | test accuracy % | seeds | expected % |", "| --- | --- | --- | --- |"]
     for row in TABLES[table]:
-        got = results[results.row == row.name]
+        got = lines_of_row(results, row)
         if len(got):
             accuracy = 100 * got.test_accuracy
             spread = f" ± {accuracy.std():.1f}" if len(got) > 1 else ""
@@ -97,7 +106,8 @@ def report(table: str, results: pd.DataFrame, console: Console) -> None:
     """Print mean and deviation of each row against its expectation."""
     view = Table("row", "seeds", "test accuracy %", "expected %", "", title=table)
     for row in TABLES[table]:
-        got = results[results.row == row.name].test_accuracy * 100 if len(results) else pd.Series(dtype=float)
+        got = lines_of_row(results, row)
+        got = 100 * got.test_accuracy if len(got) else got
         if not len(got):
             view.add_row(row.name, "0", "missing")
             continue

@@ -132,10 +132,12 @@ def _show(results, command: str | None, out: pathlib.Path) -> None:
     from nfzoo import plots, tune
     from nfzoo.tune.trials import one_writer
 
-    written = [out / "scan.csv"]
-    if results.learning_rate.nunique() > 1:
+    written, summary = [out / "scan.csv"], tune.summary(results)
+    axes = summary.iloc[:, 1 : summary.columns.get_loc("mean")].select_dtypes("number")
+    drawn = sorted((name for name in axes if axes[name].nunique() > 1), key="learning_rate".__ne__)
+    if drawn:
         with one_writer(out):
-            written.append(plots.save(plots.scan(tune.summary(results)), out / "scan.png"))
+            written.append(plots.save(plots.scan(summary, drawn[0]), out / "scan.png"))
     console.print(tune.table(results))
     say("wrote " + " and ".join(map(str, written)))
     advice = "no trial is complete: try smaller learning rates, or a smaller batch_size where memory ran out"

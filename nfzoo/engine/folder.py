@@ -27,9 +27,9 @@ DECIDED_BY_THE_RUN = {
 
 def options(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -> dict:
     """Resolve what a run would do, without doing it."""
-    build = {}
+    build, known = {}, names.canonical(model)
     for pattern, fields in recipe.build.items():
-        if fnmatch(model, pattern):
+        if fnmatch(known, pattern):
             build |= fields
     build |= overrides or {}
     if decided := sorted(build.keys() & DECIDED_BY_THE_RUN):
@@ -133,8 +133,9 @@ def result(out: pathlib.Path, resolved: dict) -> dict | None:
             ) from None
         # A recipe that was written before a setting existed had its default.
         with contextlib.suppress(ValueError):
-            before["recipe"] = recipes.Recipe.model_validate(before.get("recipe", {})).model_dump(mode="json")
-        differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(to_json(resolved[k]))]
+            before["recipe"] = _deciding(before.get("recipe", {}))
+        now = {**resolved, "recipe": _deciding(resolved["recipe"])}
+        differing = [k for k in ("model", "build", "recipe") if before.get(k) != json.loads(to_json(now[k]))]
         if differing:
             raise ValueError(
                 f"Expected the folder of this run. Received: {out}, which holds another one: its "
@@ -149,6 +150,10 @@ def result(out: pathlib.Path, resolved: dict) -> dict | None:
     if out.exists() and any(path.name not in unfinished for path in out.iterdir()):
         raise ValueError(f"Expected an empty folder or the folder of a run. Received: {out}, which holds other files.")
     return None
+
+
+def _deciding(recipe: dict) -> dict:
+    return recipes.anywhere(recipes.Recipe.model_validate(recipe)).model_dump(mode="json")
 
 
 def record(

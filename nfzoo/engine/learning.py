@@ -5,7 +5,7 @@ import contextlib
 import keras
 
 from nfzoo import data, names, optimizers, recipes, registry, schedules, weights
-from nfzoo.agc import AGC
+from nfzoo.agc import AGC, matches
 from nfzoo.trainer import NFModel
 
 
@@ -52,7 +52,7 @@ def new_model(resolved: dict, images: data.Images, recipe: recipes.Recipe) -> ke
     if not recipe.frozen_epochs or model in names.USER_MODELS:
         return registry.build(model, classes=classes, **build)
     # The classifier is a new one, whatever the number of classes that the weights know.
-    if build["weights"] in registry.PUBLISHERS or weights.entry_of(model, str(build["weights"])):
+    if build["weights"] in registry.PUBLISHERS or weights.entry_of(names.canonical(model), str(build["weights"])):
         # They decide the dialect, or overrides, as well.
         return registry.set_head(registry.build(model, **build), classes)
     body = registry.build(model, include_top=False, **build)
@@ -85,9 +85,10 @@ def prepare(net: keras.Model, recipe: recipes.Recipe, steps_per_epoch: int, froz
 
 
 def _of_the_head(recipe: recipes.Recipe) -> recipes.Recipe:
-    """The recipe while the classifier learns alone: constant rate, no groups, no average."""
+    """The recipe while the classifier learns alone: constant rate, the groups that it is in, no average."""
     rate = recipe.frozen_learning_rate or recipe.peak_learning_rate
-    settings = {"groups": (), "learning_rate": rate, "per_256": False}
+    own = [g for g in recipe.optimizer.groups if any(matches(g.pattern, f"head/{v}") for v in ("kernel", "bias"))]
+    settings = {"groups": tuple(own), "learning_rate": rate, "per_256": False}
     chosen = recipe.optimizer.model_copy(update=settings)
     return recipe.model_copy(update={"optimizer": chosen, "schedule": recipes.Schedule(), "ema": None})
 

@@ -1,6 +1,7 @@
 """Train: one flat function, in a folder that tells everything about its run."""
 
 import contextlib
+import copy
 import itertools
 import math
 import pathlib
@@ -102,7 +103,9 @@ def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devi
         learning.prepare(state.net, recipe, len(batches["train"]), frozen=bool(recipe.frozen_epochs))
     if devices.leads:  # all that can be wrong with the settings has been said
         folder.record(out, resolved, images, {**watched, "devices": devices.multiple}, state.began, warn)
-    guard, average = callbacks.StopOnNaN(), callbacks.AverageWeights()
+    guard = callbacks.StopOnNaN()
+    # Several devices each see a part of a batch, of which one process has no whole.
+    average = callbacks.AverageWeights(copy.copy(batches["train"]) if devices.multiple == 1 else None)  # epoch 0's
     progress = callbacks.ShowProgress(recipe.batch_size, len(images.train), recipe.epochs, console)
     keeper = callbacks.Checkpoints(out / "checkpoints" if devices.leads else None, state, guard, devices.processes == 1)
     steps = [data.EpochClock(batches["train"], batches["validation"]), guard, average, progress, watch, keeper]
@@ -162,6 +165,8 @@ def _fit(state: State, batches: dict, recipe: recipes.Recipe, steps: list, avera
             train(state, batches, recipe, end, steps, average)
         if state.net.stop_training:
             break
+    if average.kept:  # Keras put the weights there, without their statistics
+        average.put_average()
 
 
 def _metrics(state: State, test, guard, average, seconds: float, examples: int) -> dict:

@@ -9,6 +9,7 @@ from nfzoo import callbacks, data, recipes
 from nfzoo.engine import learning
 from nfzoo.engine.folder import read_options
 from nfzoo.files import finite
+from nfzoo.weights import shorten
 
 
 def load_run(folder: str | pathlib.Path) -> keras.Model:
@@ -35,11 +36,17 @@ def evaluate(folder: str | pathlib.Path, source: str | None = None, data_dir: st
     recipe = recipes.override(recipe, {k: v for k, v in changes.items() if v})
     net = load_run(folder)
     images = data.load(recipe.data, recipe.seed)
-    if net.output_shape[-1] != len(images.classes):
-        raise ValueError(f"Expected data of {net.output_shape[-1]} classes. Received: {len(images.classes)} classes")
+    learned = options["images"]["classes"]
+    if set(learned) != set(images.classes):
+        raise ValueError(
+            f"Expected data of the {len(learned)} classes {shorten(learned)}. Received: {images.name} with "
+            f"{len(images.classes)} classes, {shorten(images.classes)}"
+        )
+    number = np.array([learned.index(name) for name in images.classes], np.int32)  # another order, perhaps
+    test = data.Split(images.test.images, number[images.test.labels])
     # The model learned on images standardized with its own data's constants; other data must look the same to it.
     mean, std = options["images"]["mean"], options["images"]["std"]
     classes = len(images.classes) if recipe.one_hot else None
-    batches = data.Batches(images.test, recipe.batch_size, mean, std, classes=classes)
+    batches = data.Batches(test, recipe.batch_size, mean, std, classes=classes)
     result = net.evaluate(batches, verbose=0, return_dict=True)
     return finite({"images": len(images.test), **{k: float(np.round(v, 6)) for k, v in result.items()}})

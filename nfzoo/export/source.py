@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from nfzoo import data, engine, recipes, registry, weights
+from nfzoo import data, engine, names, recipes, registry, weights
 from nfzoo.convert import published
 from nfzoo.export.serve import read_image, standardized
 from nfzoo.sources import SUFFIXES
@@ -114,7 +114,7 @@ def _found(given: keras.Model | str | pathlib.Path, examples: int, stated: dict)
     if pathlib.Path(given).is_dir() or _is_path(str(given)):
         return _of_run(pathlib.Path(given), examples)
     name, _, tag = str(given).partition(".")
-    entry = weights.entry_of(name, tag) if tag else None
+    entry = weights.entry_of(names.canonical(name), tag) if tag else None
     keys = ("model", "build", "input", "classes", "data", "metrics", "seed", "commit", "licence")
     card = {"model": str(given), **{key: entry[key] for key in keys if key in (entry or {})}}
     source = published.source_of(str(given))

@@ -27,8 +27,9 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for i, (title, history) in enumerate(runs.items()):
-            axes.plot(history.epoch, history[key], "--", color=colour(i), linewidth=1)
-            if f"val_{key}" in history:
+            judged = f"val_{key}" in history
+            axes.plot(history.epoch, history[key], "--", color=colour(i), linewidth=1, label=None if judged else title)
+            if judged:
                 axes.plot(history.epoch, history[f"val_{key}"], "o-", color=colour(i), label=title, markersize=3)
         axes.set_xlabel("epoch")
         axes.set_ylabel(key)
