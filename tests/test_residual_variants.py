@@ -57,6 +57,14 @@ def test_fixup_has_the_scalars_of_the_authors_code_and_no_other_bias(fixup):
     assert not any(conv.use_bias for conv in _of(fixup, keras.layers.Conv2D))
 
 
+def test_fixup_enters_branches_only():
+    """The first layer of a plain block has a bias of its own before it; two in a row would be one."""
+    model = nfzoo.build("fixup_test_efficientnet")
+    names = [layer.name for layer in model.layers if layer.name.endswith("_enter")]
+    assert names == [layer.name.replace("_out", "_enter") for layer in model.layers if isinstance(layer, layers.Merge)]
+    assert len(names) == 4  # of six blocks
+
+
 def test_fixup_keeps_the_initialisation_of_what_nothing_bypasses():
     """Shrinking plain blocks of an EfficientNet took the variance to 1e-16."""
     model = nfzoo.build("fixup_efficientnet_b0", input_shape=(32, 32, 3))

@@ -141,6 +141,7 @@ def test_an_average_is_judged_and_kept_with_statistics_of_its_own(tmp_path, cons
     batches = data.pipeline(data.load(recipe.data, recipe.seed), recipe)
     first = net.get_layer("hidden_norm1")
     seen = keras.Model(net.input, first.input)
+    assert first.momentum == 0.9  # the recipe's
     taken = [np.asarray(seen(batches["train"][n][0])) for n in range(min(16, len(batches["train"])))]
     for moving, expected in (
         (first.moving_mean, np.mean([x.mean(0) for x in taken], axis=0)),

@@ -423,6 +423,8 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path, pretended):
     arguments = {"models": ["sn_test_ffnn"], "seeds": [0], "out": tmp_path, "console": Console(quiet=True)}
     tune.scan(learning_rates=[0.1], recipe=RECIPE, **arguments)
     assert len(tune.scan(learning_rates=[0.1, 0.01], recipe=RECIPE, **arguments)) == 2  # more of an axis may come
+    moved = recipes.override(RECIPE, {"data.data_dir": "/moved"})
+    assert len(tune.scan(learning_rates=[0.1, 0.01], recipe=moved, **arguments)) == 2 == len(pretended)
     with pytest.raises(ValueError, match="another recipe"):
         tune.scan(learning_rates=[0.1], recipe=recipes.override(RECIPE, {"epochs": 7}), **arguments)
     with pytest.raises(ValueError, match="another recipe"):
