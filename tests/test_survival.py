@@ -156,6 +156,32 @@ def test_an_average_is_judged_and_kept_with_statistics_of_its_own(tmp_path, cons
     assert plain["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
+def test_an_average_has_statistics_of_its_own_on_jax_too(tmp_path, fresh_process):
+    code = """
+import io, json, sys
+import keras, numpy as np
+from rich.console import Console
+from nfzoo import data, engine, recipes
+small = {"data.name": "fake", "epochs": 2, "batch_size": 64, "data.limit": 256, "agc": "none"}
+found = {}
+for name, ema in (("average", 0.9), ("plain", None)):
+    recipe = recipes.override(recipes.get("demo"), {**small, "optimizer.learning_rate": 0.02, "ema": ema})
+    options = {"overrides": {"dropout_rate": 0.3}, "taps": None, "console": Console(file=io.StringIO())}
+    found[name] = engine.run("bn_test_ffnn", recipe, f"{sys.argv[1]}/{name}", **options)
+net = engine.load_run(f"{sys.argv[1]}/average")
+batches = data.pipeline(data.load(recipe.data, recipe.seed), recipe)["train"]
+norm = net.get_layer("hidden_norm1")
+seen = keras.Model(net.input, norm.input)
+mean = np.mean([np.asarray(seen(batches[n][0])).mean(0) for n in range(len(batches))], axis=0)
+found["off"] = float(np.abs(np.asarray(norm.moving_mean) - mean).max() / np.abs(mean).max())
+print(json.dumps(found))
+"""
+    found = fresh_process(code, str(tmp_path), KERAS_BACKEND="jax")
+    assert found["off"] < 1e-4
+    assert found["plain"]["test_loss"] == pytest.approx(found["average"]["test_loss_without_average"], rel=1e-5)
+
+
 def test_a_lock_on_a_file_that_was_taken_away_is_none(tmp_path, monkeypatch):
     """Its holder ended between our opening and our locking it: the next process would lock another file."""
     lock = folders.fcntl.flock
