@@ -136,7 +136,7 @@ def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[s
     if test is not None and (others := sorted(set(_subfolders(test)) - set(classes))):
         raise ValueError(f"Expected the classes of {train} in {test}. Received: {', '.join(others)} there alone")
 
-    def read(folder):
+    def read(folder, shuffled=False):
         files = [
             (p, label)
             for label, name in enumerate(classes)
@@ -146,6 +146,8 @@ def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[s
         if not files:
             kinds = ", ".join(sorted(SUFFIXES))
             raise ValueError(f"Expected images ({kinds}) in folders named by class. Received: {folder}, which has none")
+        if shuffled:  # what standardizes over a batch, in inference too, shall not meet one class alone
+            files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
         return Split(_stack((_open(p) for p, _ in files), size, str(folder)), np.array([y for _, y in files], np.int32))
 
     split = read(train)
@@ -154,7 +156,7 @@ def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[s
             f"Expected images in the folder of every class of {train}, not deeper. Received: none in {', '.join(empty)}"
         )
     if test is not None:
-        return split, read(test), classes
+        return split, read(test, shuffled=True), classes
     order = np.random.default_rng(0).permutation(len(split))
     cut = max(1, len(split) // 5)
     return split.take(order[cut:]), split.take(order[:cut]), classes

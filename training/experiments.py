@@ -37,8 +37,9 @@ class Contest:
 
     A trial is `trial_epochs` at one learning rate with the first seed. The best on validation decides the rate; with it
     the first candidate and the `finalists` best of the others are trained for the whole budget with every seed. Only
-    then is the test split read, once per run. A final that one of the tables `known` holds, the same network under the
-    same recipe with the same seed, is not run again.
+    then is the test split read, once per run. What counts is the paired difference, on the test split, of the one that
+    validates best over its finals. A final that one of the tables `known` holds, the same network under the same recipe
+    with the same seed, is not run again.
     """
 
     rows: list[Row]
@@ -184,6 +185,9 @@ CONTESTS: dict[str, Contest] = {
             Row("SN, no MP", "sn_efficientnet_b0", build=_NO_MP),
             Row("no BN, He by fan-in", "none_efficientnet_b0", build={"init": "he"}),
             Row("SN, MP, even", "sn_efficientnet_b0", build={"doubled_gate": True, "padding_compensation": True}),
+            # Controls: branches closed, and open without what padding takes.
+            Row("NF, no AGC", "nf_efficientnet_b0"),
+            Row("NF, gain 1", "nf_efficientnet_b0", build={"skip_gain": 1.0}),
             Row("NF, open", "nf_efficientnet_b0", build=_OPEN),
             Row("NF, open, AGC 0.02", "nf_efficientnet_b0", changes={"agc": 0.02}, build=_OPEN),
             Row("NF, open, alpha 0.5", "nf_efficientnet_b0", build={**_OPEN, "alpha": 0.5}),
