@@ -47,7 +47,7 @@ def augment(images: np.ndarray, labels: np.ndarray, settings: Augment, key: Sequ
 
 
 def crop_and_flip(images: np.ndarray, settings: Augment, rng: np.random.Generator) -> np.ndarray:
-    """Crop at random from a zero-padded batch and flip left and right, by one indexed copy.
+    """Crop at random from a zero-padded batch and flip left and right.
 
     Example:
         >>> images = np.arange(8).reshape(1, 2, 4, 1)
@@ -56,13 +56,14 @@ def crop_and_flip(images: np.ndarray, settings: Augment, rng: np.random.Generato
     """
     n, height, width = images.shape[:3]
     pad = settings.crop_padding
-    top, left = rng.integers(0, 2 * pad + 1, (2, n, 1))
+    top, left = rng.integers(0, 2 * pad + 1, (2, n))
     flip = rng.random(n) < (0.5 if settings.flip else 0.0)
-    columns = np.arange(width)
-    columns = np.where(flip[:, None], columns[::-1], columns) + left
-    rows = np.arange(height) + top
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    cropped = np.empty_like(images)
+    for i in range(n):  # slices: an index of all pixels at once takes several times as long
+        crop = padded[i, top[i] : top[i] + height, left[i] : left[i] + width]
+        cropped[i] = crop[:, ::-1] if flip[i] else crop
+    return cropped
 
 
 def mix(images: np.ndarray, labels: np.ndarray, settings: Augment, rng: np.random.Generator):

@@ -48,13 +48,14 @@ class ShowProgress(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None) -> None:
         if self.bar is not None:
-            rate = min((batch + 1) * self.batch_size, self.examples) / (time.perf_counter() - self.epoch_began)
+            rate = self._images(batch + 1) / (time.perf_counter() - self.epoch_began)
             self.bar.update(self.task, completed=batch + 1, state=f"{_text(logs)}  {rate:.0f} images/s")
 
     def on_epoch_end(self, epoch, logs=None) -> None:
-        self.seen += 1
+        images = self._images(self.params["steps"])
+        self.seen += images / self.examples  # of an epoch that is resumed within it, the rest
         elapsed = time.perf_counter() - self.epoch_began
-        line = f"epoch {epoch + 1}/{self.epochs}  {_text(logs)}  {self.examples / elapsed:.0f} images/s"
+        line = f"epoch {epoch + 1}/{self.epochs}  {_text(logs)}  {images / elapsed:.0f} images/s"
         if self.bar is not None:
             self.bar.remove_task(self.task)
         left = (time.perf_counter() - self.began) / self.seen * (self.epochs - epoch - 1)
@@ -64,6 +65,9 @@ class ShowProgress(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None) -> None:
         self.close()
+
+    def _images(self, steps: int) -> int:
+        return min(steps * self.batch_size, self.examples)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 
@@ -48,6 +48,17 @@ def waited_for(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+def title_of(folder: pathlib.Path, taken: Container[str]) -> str:
+    """What a run is called among others: the first free one of its folder's name, its path as given, the whole path.
+
+    Example:
+        >>> title_of(pathlib.Path("runs/a"), taken=()), title_of(pathlib.Path("runs/a"), taken=["a"])
+        ('a', 'runs/a')
+    """
+    whole = folder.resolve()
+    return next((name for name in (whole.name, str(folder), str(whole)) if name not in taken), str(whole))
 
 
 def sha256(path: str | pathlib.Path) -> str:

@@ -22,6 +22,18 @@ def innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimiz
     return optimizer
 
 
+def clipping_of(model: keras.Model) -> tuple[AGC, dict[str, Axes | None]]:
+    """How a model's gradients are clipped: settings, and units by path. Without AGC, its defaults and no units."""
+    if getattr(model, "agc", None) is not None:
+        return model.agc, model._agc_units
+    optimizer = getattr(model, "optimizer", None)
+    while optimizer is not None:
+        if isinstance(optimizer, AdaptiveGradientClipping):
+            return optimizer.agc, optimizer.units
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return AGC(), {}
+
+
 @contextlib.contextmanager
 def clipped_updates(optimizer: keras.optimizers.Optimizer, agc: AGC, units: dict[str, Axes | None]) -> Iterator[None]:
     """While this lasts, every update of the optimizer clips its gradient first.

@@ -159,7 +159,8 @@ def build(
 
         if stored := entry_of(str(parsed), weights):  # they are of a network with overrides, classes and a size
             overrides = stored.get("build", {}) | overrides
-            classes = len(stored["classes"]) if classes is None and "classes" in stored else classes
+            known = len(stored["classes"]) if "classes" in stored else stored.get("outputs")
+            classes = known if classes is None else classes
             preprocessing = stored.get("input", preprocessing)
             if input_shape is None and input_tensor is None and "input" in stored:
                 input_shape = tuple(stored["input"]["shape"][1:])
@@ -198,6 +199,7 @@ def _assemble(
 ):  # fmt: skip
     """Put image, preprocessing, the family's body, pooling and head together."""
     import keras
+    import numpy as np
     from keras import layers
 
     from nfzoo.models.sites import Site
@@ -212,10 +214,13 @@ def _assemble(
     sources = [x] if input_tensor is None else keras.utils.get_source_inputs(input_tensor)
     inputs = sources[0] if len(sources) == 1 else sources
     if include_preprocessing:
-        if shape[-1] != 3:
-            raise ValueError(f"Expected three channels for include_preprocessing=True. Received: input_shape={shape}")
         constants = preprocessing if include_preprocessing is True else include_preprocessing
-        mean, std = constants["mean"], constants["std"]
+        mean, std = (np.ravel(constants.get(key, ())).tolist() for key in ("mean", "std"))
+        if not len(mean) == len(std) == shape[-1]:
+            raise ValueError(
+                f"Expected mean and std of every channel for include_preprocessing. Received: mean={mean}, std={std} "
+                f"and input_shape={shape}"
+            )
         scale, offset = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
         x = layers.Rescaling(scale, offset, name="preprocess")(x)
     x, pyramid = module.body(spec, variant, x)

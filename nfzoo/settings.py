@@ -252,6 +252,8 @@ class Recipe(_Frozen):
     @classmethod
     def _fits_the_run(cls, value: Schedule, info: ValidationInfo) -> Schedule:
         epochs = info.data.get("epochs", math.inf) - info.data.get("frozen_epochs", 0)
+        if value.name == "step" and not value.milestones:
+            raise ValueError('Expected milestones of the schedule "step", e.g. schedule.milestones=[60,80]')
         if value.warmup_epochs and value.warmup_epochs >= epochs:
             raise ValueError(f"Expected warmup_epochs below the {epochs} epochs of the run; lower it as well")
         return value

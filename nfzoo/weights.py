@@ -86,7 +86,7 @@ def reading(model: keras.Model) -> dict[str, dict]:
         >>> reading(model)["conv"]["strides"]
         [1, 1]
     """
-    found = {}
+    found, sources = {}, _sources(model)
     for layer in model.layers:
         if layer.name in ("head", "preprocess") or "drop" in layer.name or isinstance(layer, keras.layers.InputLayer):
             continue
@@ -95,7 +95,24 @@ def reading(model: keras.Model) -> dict[str, dict]:
         with contextlib.suppress(NotImplementedError):  # somebody's layer that tells nothing
             config = layer.get_config()
             found[layer.name] = {key: config[key] for key in keys if key in config}
+        if layer.name in sources:
+            found[layer.name]["after"] = sources[layer.name]
     return json.loads(json.dumps(found, default=str))  # as it comes back from a file
+
+
+def _sources(model: keras.Model) -> dict[str, list[str]]:
+    """Layers whose outputs each layer takes; dropout is passed over, and what stands before the network is "input"."""
+    found: dict[str, list[str]] = {}
+    for node in (node for nodes in getattr(model, "_nodes_by_depth", {}).values() for node in nodes):
+        taken = (tensor._keras_history.operation.name for tensor in node.input_tensors)
+        found.setdefault(node.operation.name, []).extend(taken)
+
+    def before(name: str) -> str:
+        while "drop" in name and found.get(name):
+            name = found[name][0]
+        return name if _INNER.match(name) or name.startswith("top") else "input"
+
+    return {name: [before(source) for source in taken] for name, taken in found.items()}
 
 
 def _check_reading(model: keras.Model, stored: dict[str, dict] | None, path: pathlib.Path) -> None:
@@ -150,16 +167,26 @@ def load(model: keras.Model, weights: str | pathlib.Path, name: str | None = Non
         _load_h5(model, path)
         return
     source, computed = _read(path)
-    if not source.keys() & {v.path for v in model.weights}:
+    paths = {v.path for v in model.weights}
+    if not source.keys() & paths:
         raise ValueError(
             f"Expected the weights of {model.name}. Received: {path}, which has none of their names but "
             f"{shorten(sorted(source))}. Weights of timm, DeepMind's nfnets or keras.applications are read by "
             "nfzoo.convert.load."
         )
-    whole = any(layer.name == "head" for layer in model.layers)
-    if strict and source.keys() >= {v.path for v in model.weights}:  # else `fill` says which are missing
+    spare = frozenset()
+    if not any(layer.name == "head" for layer in model.layers):
+        last = max(map(_stage, paths))
+        spare = frozenset(key for key in source if key.startswith(_TOP) or _stage(key) > last)
+    if strict and source.keys() - spare == paths:  # else `fill` says what is missing or left
         _check_reading(model, computed, path)
-    fill(model, source, path, spare=frozenset() if whole else {key for key in source if key.startswith(_TOP)})
+    fill(model, source, path, spare=spare)
+
+
+def _stage(path: str) -> int:
+    """Which stage a variable belongs to; 0 for none. Maps of an early stage do without the later ones."""
+    match = re.match(r"stage(\d+)_", path)
+    return int(match[1]) if match else 0
 
 
 def fill(
@@ -189,7 +216,9 @@ def fill(
             missing.append(key if key == path else f"{key} (for {path})")
             continue
         values.append(to_keras(tensors[key], shape))
-        if values[-1].shape != shape:
+        if np.asarray(values[-1]).dtype.kind in "OSUM":
+            differing[path] = f"{key} of {values[-1].dtype}, which is no number"
+        elif values[-1].shape != shape:
             differing[path] = f"{key} {tensors[key].shape} for {shape if key == path else f'{path} {shape}'}"
     unused = sorted(tensors.keys() - used - spare)
     if missing or unused or differing:
@@ -247,7 +276,7 @@ def _entries(name: str | None) -> dict[str, dict]:
 
 def _find(weights: str | pathlib.Path, name: str | None) -> pathlib.Path:
     path, entries = pathlib.Path(weights), _entries(name)
-    if path.exists():
+    if path.is_file():  # a folder may have the name of a tag
         return path
     if str(weights) not in entries:
         raise FileNotFoundError(

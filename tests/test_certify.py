@@ -56,3 +56,12 @@ def test_the_command(capsys):
         app(["certify", "bn_test_ffnn", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert end.value.code == 3 and not told["independent"] and told["differences"]["replicas"] > 0.05
+
+
+def test_a_registered_network_is_judged_without_its_dropout():
+    @nfzoo.register_model(name="mine_certified", override=True)
+    def mine(**options):
+        return nfzoo.build("sn_test_efficientnet", dropout_rate=0.5, drop_path_rate=0.5, **options)
+
+    found = certify.certify("mine_certified")
+    assert found.independent and "replicas" not in found.differences

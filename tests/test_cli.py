@@ -398,9 +398,14 @@ def test_the_doctor_takes_a_saved_network_of_anybody(call, tmp_path):
     net.save(tmp_path / "mine.keras")
     status, text, _ = call("doctor", tmp_path / "mine.keras", "--data", "fake", "--steps", 2, "--batch-size", 8)
     assert status == 0 and "divides the variance by the number of channels" in text and "thin/kernel" in text
+    ours = nfzoo.build("sn_test_ffnn", classes=4, input_shape=(32, 32, 3))
+    ours.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))  # of labels as vectors
+    ours.save(tmp_path / "vectors.keras")
+    status, _, err = call("doctor", tmp_path / "vectors.keras", "--data", "fake", "--steps", 2, "--batch-size", 8)
+    assert status == 0, err
 
 
-@pytest.mark.parametrize("name", ["keras.applications:ResNet5000", "sn_efficientnet_b99", "missing.keras"])
+@pytest.mark.parametrize("name", ["keras.applications:ResNet5000", "keras.applications:resnet50", "sn_efficientnet_b99", "missing.keras"])
 def test_the_doctor_does_not_know_everybody(call, name):
     status, _, err = call("doctor", name, "--data", "fake")
     assert status == 1 and ("Expected" in err or "not found" in err) and name.split(":")[-1].split(".")[0] in err
@@ -421,6 +426,8 @@ def test_figures_of_a_run(call, trained, tmp_path, figure, ending):
     assert status == 0 and out.stat().st_size > 5000, err
     status, _, err = call("spp", trained[0], "--figure", "portrait")
     assert status == 1 and "heatmap: " in err and "'portrait'" in err
+    status, _, err = call("spp", trained[0], "--figure", "heatmap", "--to", tmp_path / "film.gif")
+    assert status == 1 and "films show propagation" in err and not (tmp_path / "film.gif").exists()
 
 
 def test_signals_of_training_can_be_chosen(call, tmp_path):

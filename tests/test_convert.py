@@ -11,7 +11,7 @@ import reference
 from conftest import built, same, slow_but
 
 import nfzoo
-from nfzoo.convert import driver, keras_applications, timm
+from nfzoo.convert import driver, keras_applications, published, timm
 
 SMALL = {"depths": (1, 2), "widths": (32, 64)}
 ROUND_TRIPS = {
@@ -300,3 +300,24 @@ def test_a_tag_in_a_name_is_a_published_one_or_one_of_the_manifest(monkeypatch):
         nfzoo.build("nf_test_nfnet.my_run")
     with pytest.raises(ValueError, match="a tag in the name, or weights"):
         nfzoo.build("nf_test_nfnet.my_run", weights="other")
+
+
+@pytest.mark.parametrize("name", ["nf_test_efficientnet", "bn_resnet20_cifar"])
+def test_networks_that_timm_has_not_are_not_written(name, tmp_path):
+    with pytest.raises(ValueError, match="architecture that timm has"):
+        driver.save(nfzoo.build(name), tmp_path / "x.safetensors", name=name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_converted_file_is_everybodys(tmp_path):
+    path = driver.save(nfzoo.build("bn_test_resnet"), tmp_path / "x.safetensors")
+    assert (
+        path.stat().st_mode
+        == nfzoo.weights.save(nfzoo.build("sn_test_ffnn"), tmp_path / "y.safetensors").stat().st_mode
+    )
+
+
+def test_a_dialect_that_the_source_has_not_is_said_before_the_download(monkeypatch):
+    monkeypatch.setattr(published, "fetch", lambda *args: pytest.fail("downloads"))
+    with pytest.raises(ValueError, match="Expected a dialect of deepmind"):
+        nfzoo.build("nfnet_f0", weights="deepmind", dialect="timm")

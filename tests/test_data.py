@@ -387,3 +387,14 @@ def test_a_set_too_large_for_memory(monkeypatch, tmp_path):
     _write(tmp_path / "ants", 3)
     with pytest.raises(ValueError, match="memory"):
         data.load(Data(name=str(tmp_path), image_size=8))
+
+
+def test_a_batch_of_a_test_folder_is_not_of_one_class(tmp_path):
+    for part, n in (("train", 2), ("val", 32)):
+        for colour, name in enumerate(("dark", "light")):
+            _write(tmp_path / part / name, n, colour=100 * colour)
+    test = data.load(recipes.Data(name=str(tmp_path), validation_fraction=0)).test
+    assert 4 < test.labels[:16].sum() < 12
+    assert ((test.images[:, 0, 0, 0] >= 100) == test.labels).all()
+    again = data.load(recipes.Data(name=str(tmp_path), validation_fraction=0)).test
+    assert (again.images == test.images).all()

@@ -186,3 +186,28 @@ def test_a_trained_network_is_examined_from_where_it_is():
     network.fit(X, Y, batch_size=8, epochs=2, verbose=0)
     diagnosis = examine(network, X, Y, steps=3, batch_size=8)
     assert diagnosis.log.step.unique().tolist() == [10, 13] and diagnosis.findings
+
+
+def test_what_trained_is_judged_not_its_average():
+    def sentence(**average):
+        net = _network()
+        net.compile(keras.optimizers.Adam(0.02, **average), LOGITS)
+        result = {f.check: f for f in examine(net, X, Y, steps=20).findings}["loss"].sentence
+        assert net.optimizer.use_ema == bool(average)
+        return result
+
+    assert sentence() == sentence(use_ema=True, ema_momentum=0.9999)
+
+
+def test_excluded_units_and_those_of_a_wrapped_optimizer_are_told_as_they_are():
+    nothing = nfzoo.AGC(1e-6, exclude=(".*",))
+    found = _findings(nfzoo.NFModel(*(lambda net: (net.input, net.output))(_network())), agc=nothing)
+    assert "clipping" not in found
+    for factor, severity in ((1e6, "note"), (1e-6, "warning")):
+        net = _network()
+        agc = nfzoo.AGC(factor)
+        net.compile(nfzoo.optimizers.AdaptiveGradientClipping(keras.optimizers.SGD(0.05), net, agc), LOGITS)
+        report = examine(net, X, Y, steps=3)
+        assert {f.check: f for f in report.findings}["clipping"].severity == severity
+        rows = report.log[(report.log.kind == "weight_gradient") & (report.log.step > 0)].set_index("layer")
+        assert rows.agc_clipped["head/kernel"] == 0 and rows.agc_clipped["stem/kernel"] == (factor < 1)

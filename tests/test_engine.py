@@ -370,3 +370,20 @@ def test_a_schedule_that_never_falls_is_said(schedule, told, tmp_path, console):
     engine.run(MODEL, _recipe(epochs=1, **schedule), tmp_path / "run", taps=None, console=console)
     text = console.export_text()
     assert ("never falls" in text) == bool(told) and (told or "") in text
+
+
+def test_the_rest_of_an_epoch_is_told_as_what_it_is(monkeypatch, console):
+    """Resumed at step 9 of 10, an epoch has one step left, of 8 images in one second."""
+    now = iter(range(100))
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: float(next(now)))
+    progress = callbacks.ShowProgress(8, 80, 2, console)
+    progress.set_params({"steps": 1})
+    progress.on_train_begin()
+    progress.on_epoch_begin(0)
+    progress.on_epoch_end(0)  # 0.1 epochs in 3 s: 30 s an epoch
+    assert "8 images/s" in console.export_text(clear=False) and "0:30 left" in console.export_text()
+
+
+def test_paths_are_overrides_too(tmp_path):
+    given = {"weights": tmp_path / "a.safetensors"}
+    assert engine.options(MODEL, _recipe(), given)["build"]["weights"] == str(tmp_path / "a.safetensors")

@@ -334,3 +334,31 @@ def test_model_export_of_every_variant(variant, tmp_path):
     x = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype("float32")
     served = tf.saved_model.load(tmp_path / "model")
     np.testing.assert_allclose(served.serve(x).numpy(), np.asarray(model(x)), atol=1e-5)
+
+
+def test_a_half_precision_network_with_another_in_it(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        body = nfzoo.build("sn_test_efficientnet", include_top=False)
+        image = keras.Input(body.input_shape[1:])
+        net = keras.Model(image, keras.layers.Dense(4, dtype="float32")(body(image)))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert export.export(net, tmp_path / "net.onnx")["largest_relative_difference"] < 1e-4
+
+
+def test_exported_weights_load_by_their_tag(tmp_path, monkeypatch):
+    monkeypatch.setenv("NFZOO_HOME", str(tmp_path))
+    net = nfzoo.build("bn_test_resnet", classes=3)
+    export.export(
+        net, tmp_path / "bn_test_resnet.mine.safetensors", images=np.zeros((1, *net.input_shape[1:]), "float32")
+    )
+    again = nfzoo.build("bn_test_resnet.mine")
+    assert all(map(np.array_equal, again.get_weights(), net.get_weights()))
+    export.export("EfficientNetB0", tmp_path / "bn_efficientnet_b0.mine.safetensors")
+    entry = json.loads((tmp_path / "manifest.json").read_text())["bn_efficientnet_b0.mine"]
+    assert entry["build"] == {"dialect": "keras"} and entry["model"] == "bn_efficientnet_b0"
+    with pytest.raises(ValueError, match="TAG none of timm"):
+        export.export(net, tmp_path / "bn_test_resnet.timm.safetensors")
+    with pytest.raises(ValueError, match="preprocess=False with weights"):
+        export.export(net, tmp_path / "bn_test_resnet.raw.safetensors", preprocess=True)

@@ -283,3 +283,12 @@ def test_what_cannot_be_folded_is_told():
     for model in (Own(), keras.Sequential([layers.Dense(3)])):
         with pytest.raises(ValueError, match="Expected a functional model, or a sequential one with weights"):
             fold(model)
+
+
+def test_quantized_layers_are_no_floats():
+    net = nfzoo.build("sn_test_ffnn")
+    for layer in net.layers:
+        if isinstance(layer, keras.layers.Dense):
+            layer.quantize("int8")
+    with pytest.raises(ValueError, match="network of floats.*int8; fold it first"):
+        fold(net)

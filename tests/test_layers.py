@@ -488,3 +488,20 @@ def test_a_self_normalizing_efficientnet_keeps_its_variance_on_small_maps():
         outs = table[table.layer.str.fullmatch(r"stage\d_block\d_out")]
         last[compensated] = (outs.acv + outs.acsm).to_numpy()
     assert last[False][-1] < 0.02 and 0.5 < last[True].min() and last[True].max() < 2
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras saves alike on all")
+def test_what_lora_learned_is_saved(tmp_path):
+    image = keras.Input((8, 8, 3))
+    net = keras.Model(image, layers.ScaledStdConv2D(4, 3)(image))
+    net.layers[1].enable_lora(2)
+    for variable in net.layers[1].trainable_variables:
+        variable.assign(keras.random.normal(variable.shape))
+    net.save(tmp_path / "lora.keras")
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype("float32")
+    np.testing.assert_allclose(keras.saving.load_model(tmp_path / "lora.keras")(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_pooling_that_would_pad_other_axes_is_refused():
+    with pytest.raises(ValueError, match="channels_last"):
+        layers.MaxPool2D(3, 2, pad=1, data_format="channels_first")

@@ -147,3 +147,13 @@ def test_info_is_of_the_size_asked_for():
 def test_ffnn_width_and_depth_are_overrides():
     model = nfzoo.build("bn_ffnn_10x100", width=24, depth=3)
     assert [layer.units for layer in model.layers if isinstance(layer, keras.layers.Dense)] == [24, 24, 100]
+
+
+def test_constants_of_every_channel():
+    image = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1)).astype("float32")
+    grey = {"mean": (0.5,), "std": (0.25,)}
+    net = nfzoo.build("sn_test_efficientnet", input_shape=(32, 32, 1), include_preprocessing=grey)
+    np.testing.assert_allclose(net.get_layer("preprocess")(image), (image / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
+    for wrong in (True, {"mean": (0.5,)}, {"mean": (0.5, 0.5, 0.5), "std": (1, 1, 1)}):
+        with pytest.raises(ValueError, match="of every channel"):
+            nfzoo.build("sn_test_efficientnet", input_shape=(32, 32, 1), include_preprocessing=wrong)

@@ -82,6 +82,15 @@ def test_long_logs_are_thinned_and_it_is_said(tmp_path):
     assert len(steps) == contents.MOST_STEPS and (steps[0], steps[-1]) == (0, 999) and run["thinned"] == 1000
 
 
+def test_the_path_of_one_run_may_be_the_name_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, folder in enumerate(("a/run", "run")):
+        write_log(pathlib.Path(folder), make_log(seed=i))
+    runs = _data(report.write(["a/run", "run"], tmp_path / "a.html"))["runs"]
+    assert [run["title"] for run in runs] == ["run", str(tmp_path / "run")]
+    assert runs[0]["signals"] != runs[1]["signals"]
+
+
 def test_runs_of_one_name_keep_apart(tmp_path):
     folders = [write_log(tmp_path / name / "run", make_log(seed=i)) for i, name in enumerate("ab")]
     titles = [run["title"] for run in _data(report.write(folders, tmp_path / "a.html"))["runs"]]

@@ -475,3 +475,10 @@ def test_kurtosis_of_tiny_gradients():
         assert float(spp.statistics(x * np.float32(scale), names=("kurtosis",))["kurtosis"]) == pytest.approx(
             3, rel=0.1
         )
+
+
+def test_labels_without_a_loss_are_refused(images):
+    model = nfzoo.build("nf_test_resnet", classes=4)
+    with pytest.raises(ValueError, match="Expected a loss"):
+        spp.snapshot(model, *images)
+    assert "gradient" not in set(spp.snapshot(model, *images, what=("activations",)).kind)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from nfzoo import engine, plots, recipes, tune
 from nfzoo.engine import learning
-from nfzoo.tune import plan, progress, trials
+from nfzoo.tune import plan, progress, search, space, trials
 
 RECIPE = recipes.override(
     recipes.get("demo"),
@@ -429,3 +429,39 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path, pretended):
         tune.scan(learning_rates=[0.1], recipe=recipes.override(RECIPE, {"epochs": 7}), **arguments)
     with pytest.raises(ValueError, match="another recipe"):
         tune.scan(learning_rates=[0.1], recipe=RECIPE, overrides={"size": 64}, **arguments)
+
+
+def test_a_rate_that_is_no_axis_decides_whose_folder_it_is(tmp_path):
+    """Nothing in the names of the trials would tell the rates apart."""
+
+    def made(rate, axis="agc.clip_factor"):
+        recipe = recipes.override(RECIPE, {LR: rate, "agc": 0.01})
+        return space.spec(["sn_test_ffnn"], {axis: [0.01, 0.02]}, recipe)
+
+    (tmp_path / "scan.json").write_text(made(0.1).model_dump_json())
+    search._check_folder(tmp_path, made(0.1))
+    with pytest.raises(ValueError, match="another recipe"):
+        search._check_folder(tmp_path, made(0.0001))
+
+
+def test_who_ends_on_purpose_was_not_killed(tmp_path):
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "a.starts"
+    for expected in (0, 0, 0):
+        with pytest.raises(KeyboardInterrupt), trials._killed_before(tmp_path, "a") as times:
+            assert times == expected
+            trials.withdraw()
+            left = log.read_text()
+            raise KeyboardInterrupt
+        log.write_text(left)  # as after os._exit
+    log.write_text("start\nstart\n")
+    with trials._killed_before(tmp_path, "a") as times:
+        assert times == 2
+        trials.withdraw()
+        assert log.read_text().split() == ["start", "start"]
+
+
+def test_a_range_of_whole_numbers_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match="batch_size"):
+        space.spec(["sn_test_ffnn"], {"batch_size": space.Range(low=16, high=128)}, RECIPE, search="random")
+    space.spec(["sn_test_ffnn"], {LR: space.Range(low=1e-3, high=1)}, RECIPE, search="random")

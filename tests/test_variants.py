@@ -182,3 +182,13 @@ def test_gates_and_kernels_of_self_normalizing_networks_can_be_chosen():
     kinds = (layers.ScaledStdConv2D, layers.ScaledStdDepthwiseConv2D)
     convolutions = _of(net, keras.layers.Conv2D) + _of(net, keras.layers.DepthwiseConv2D)
     assert convolutions and all(isinstance(layer, kinds) for layer in convolutions)
+
+
+def test_branches_that_would_never_open_are_refused():
+    with pytest.raises(ValueError, match="never open"):
+        nfzoo.build("nf_test_resnet", dialect="timm", skip_gain=0.0)
+    small = {"classes": 4, "input_shape": (32, 32, 3), "last_gamma": 0.0}
+    with pytest.raises(ValueError, match="never open"):
+        nfzoo.build("bn_resnetv2_18", **small)
+    nfzoo.build("bn_resnet18", **small)
+    nfzoo.build("bn_resnetv2_18", order="relu-bn-conv", **small)

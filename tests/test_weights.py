@@ -220,3 +220,48 @@ def test_a_plain_keras_model_can_be_saved_too(tmp_path):
     plain.set_weights([w * 0 for w in before])
     weights.load(plain, path)
     assert np.array_equal(plain.get_weights()[0], before[0])
+
+
+@pytest.mark.parametrize(
+    "name, overrides", [("bn_resnetv2_18", {"order": "relu-bn-conv"}), ("fixup_test_resnet", {"biased_identity": True})]
+)
+def test_weights_of_other_wiring_are_refused(name, overrides, tmp_path):
+    """The same layers with the same weights in another order compute something else."""
+    small = {"classes": 4, "input_shape": (32, 32, 3)}
+    path = weights.save(nfzoo.build(name, **small, **overrides), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="computes otherwise.* after "):
+        nfzoo.build(name, weights=path, **small)
+    x = keras.Input((32, 32, 3))  # what a user puts before the network is not the network's
+    before = keras.layers.Rescaling(2.0)(x)
+    nfzoo.build(name, weights=path, classes=4, input_tensor=before, dropout_rate=0.5, **overrides)
+
+
+def test_maps_of_early_stages_take_what_they_need(model, tmp_path):
+    net = nfzoo.build("nf_test_resnet")
+    path = weights.save(net, tmp_path / "n.safetensors")
+    early = nfzoo.build("nf_test_resnet", weights=path, features_only=True, out_indices=["P2"])
+    values = {v.path: v for v in net.weights}
+    assert early.weights and not any(v.path.startswith("stage2") for v in early.weights)
+    assert all(np.array_equal(v, values[v.path]) for v in early.weights)
+    cut = weights.read_safetensors(path)
+    del cut["stage1_block1_conv1/kernel"]
+    with pytest.raises(ValueError, match="without stage1_block1_conv1/kernel"):
+        weights.fill(early, cut, "cut", spare=frozenset(cut))
+
+
+def test_a_folder_may_have_the_name_of_a_tag(tmp_path, monkeypatch):
+    (tmp_path / "cifar100").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert nfzoo.build("sn_efficientnet_b0.cifar100").output_shape == (None, 100)
+    with pytest.raises(FileNotFoundError, match="a file or a tag"):
+        nfzoo.build("sn_test_ffnn", weights="cifar100")
+
+
+def test_what_is_no_number_is_said_before_anything_is_written(model):
+    net = nfzoo.build("sn_test_ffnn")
+    before = net.get_weights()
+    tensors = {v.path: np.ones(v.shape) for v in net.weights}
+    tensors["head/bias"] = np.full(net.weights[-1].shape, "one")
+    with pytest.raises(ValueError, match="head/bias of <U3, which is no number"):
+        weights.fill(net, tensors, "text")
+    assert all(map(np.array_equal, before, net.get_weights()))

@@ -49,6 +49,7 @@ def spp(
     """Draw signal propagation of runs or of freshly initialised models, side by side."""
     from nfzoo import names, plots, recipes
     from nfzoo import theory as expectations
+    from nfzoo.files import title_of
 
     if figure not in plots.FIGURES:
         listed = "; ".join(f"{name}: {named.description}" for name, named in plots.FIGURES.items())
@@ -62,9 +63,9 @@ def spp(
     images = recipes.Data(name=data, data_dir=data_dir, image_size=image_size)
     logs, told, edges = {}, {}, None
     for source in sources:
-        title = source
+        title = f"{source}, new" if source in logs else source
         if pathlib.Path(source).is_dir():
-            title = source if pathlib.Path(source).name in logs else pathlib.Path(source).name
+            title = title_of(pathlib.Path(source), logs)
             logs[title], options = read(source), _options(source)
             edges = read_meta(source).get("edges", edges)
         else:
@@ -72,6 +73,8 @@ def spp(
         expected = expectations.of_run(options, logs[title]) if theory else None
         told |= {} if expected is None else {title: expected}
     if to.suffix.lower() in _FILMS:
+        if figure != "propagation":
+            raise ValueError(f"Expected a picture for --figure {figure}; films show propagation. Received: --to {to}")
         say(f"wrote {plots.animate(logs, to, theory=told)[0]}")
     else:
         say(f"wrote {plots.save(plots.draw(figure, logs, theory=told, edges=edges), to)}")
@@ -174,7 +177,7 @@ def _patient(name: str, recipe, overrides: dict, steps: int) -> tuple:
     from nfzoo.engine import learning
 
     library, _, function = name.partition(":")
-    if library == "keras.applications" and not hasattr(keras.applications, function):
+    if library == "keras.applications" and not callable(getattr(keras.applications, function, None)):
         raise ValueError(f"Expected the name of a network of keras.applications. Received: {function!r}")
     stored = name.endswith(".keras")
     if not stored and library != "keras.applications":
@@ -189,10 +192,11 @@ def _patient(name: str, recipe, overrides: dict, steps: int) -> tuple:
         x, y = map(np.concatenate, zip(*(batches[i] for i in range(min(steps, len(batches)))), strict=True))
         return net, x, y
     split, shape = data.subset(images.train, steps * recipe.batch_size, recipe.seed), images.train.images.shape[1:]
-    x, y = data.Batches(split, len(split), images.mean, images.std)[0]
-    if stored:
-        net = keras.saving.load_model(name)
-    else:
+    net = keras.saving.load_model(name) if stored else None
+    one_hot = net is not None and net.compiled and _takes_vectors(net.loss)
+    classes = len(images.classes) if one_hot else None
+    x, y = data.Batches(split, len(split), images.mean, images.std, classes=classes)[0]
+    if net is None:
         build = getattr(keras.applications, function)
         net = build(weights=None, classes=len(images.classes), input_shape=shape, **overrides)
         x = sys.modules[build.__module__].preprocess_input(split.images.astype("float32"))
@@ -201,3 +205,10 @@ def _patient(name: str, recipe, overrides: dict, steps: int) -> tuple:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=logits)
         net.compile(engine.optimizer(recipe, len(batches)), loss)
     return net, x, y
+
+
+def _takes_vectors(loss) -> bool:
+    """Whether labels are one-hot for a loss, an object of Keras' or its name."""
+    import keras
+
+    return isinstance(loss, keras.losses.CategoricalCrossentropy) or loss == "categorical_crossentropy"

@@ -42,8 +42,8 @@ def load(name: str, source: str, weights: Any, model_name: str | None = None, **
         >>> load("test_nfnet", "timm", tensors, input_shape=(64, 64, 3)).output_shape
         (None, 3)
     """
-    module, parsed = _source(source), names.parse(name)
-    options = _with_dialect(parsed, module, build_options)
+    module, parsed = source_module(source), names.parse(name)
+    options = with_dialect(parsed, module, build_options)
     rename = _rule(module, parsed, options)
     stored = isinstance(weights, str | pathlib.Path)
     if stored and not pathlib.Path(weights).exists():
@@ -77,11 +77,11 @@ def as_tensors(
     model: keras.Model, target: str = "timm", name: str | None = None, **build_options
 ) -> dict[str, np.ndarray]:
     """The weights of a model under another implementation's names and in its layout; arguments as for `save`."""
-    module = _source(target)
+    module = source_module(target)
     if not hasattr(module, "from_keras"):
         raise ValueError(f"Expected a target that nfzoo writes: timm. Received: target={target!r}")
     parsed = names.parse(name or model.name)
-    options = _with_dialect(parsed, module, build_options)
+    options = with_dialect(parsed, module, build_options)
     rename = _rule(module, parsed, options)
     _check_reading(model, name or model.name, target, options)
     tensors = {}
@@ -136,17 +136,18 @@ def save(
         raise ValueError(f"Expected a path that ends with .safetensors. Received: {path}")
     tensors = as_tensors(model, target, name, **build_options)
     with atomic(path) as partial:
-        safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
+        # Its save_file makes files that nobody else may read.
+        partial.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     return path
 
 
-def _source(source: str) -> ModuleType:
+def source_module(source: str) -> ModuleType:
     if source not in SOURCES:
         raise ValueError(f"Expected source to be one of {', '.join(SOURCES)}. Received: {source!r}")
     return SOURCES[source]
 
 
-def _with_dialect(name: names.Name, module: ModuleType, options: dict) -> dict:
+def with_dialect(name: names.Name, module: ModuleType, options: dict) -> dict:
     """The source's dialect, unless the caller's or the name's is one that the source has too."""
     known, source = names.FAMILIES[name.family].DIALECTS, module.__name__.rpartition(".")[-1]
     spoken = [dialect for dialect in module.DIALECTS if dialect in known]

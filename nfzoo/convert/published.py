@@ -75,6 +75,7 @@ def load(architecture: str, /, source: str, *, classes: int | None = None, **bui
         ConnectionError: see `nfzoo.fetch.fetch`.
     """
     registry.resolve(architecture, build_options)  # a mistake is said before the download
+    driver.with_dialect(names.parse(architecture), driver.source_module(_CONVERTER[source]), build_options)
     key, address, digest = find(architecture, source, build_options.get("dialect"))
     if build_options.get("include_preprocessing") is True:
         build_options["include_preprocessing"] = _constants(source, key)

@@ -24,9 +24,11 @@ _LEAVES = {
 
 def rule(name, spec) -> Rule:
     """Return the function from our variable paths to timm's names."""
+    if name.row.endswith("_cifar"):
+        raise ValueError(f"Expected an architecture that timm has. Received: {name}")
     if name.family == "efficientnet" and name.variant == "bn":
         return _by_layer(_efficientnet(spec))
-    if name.variant == "nf":
+    if name.family in ("resnet", "nfnet", "regnet") and name.variant == "nf":
         return _by_layer(_normalizer_free(name.family, spec), scalars={"out/gain": "skipinit_gain"})
     if name.family == "resnet" and name.variant in ("bn", "gn"):
         return _by_layer(_preactivation(spec) if spec.preactivation else _resnet(spec))

@@ -10,6 +10,7 @@ import pandas as pd
 
 from nfzoo.backend.taps import training_mode
 from nfzoo.doctor.checks import CHECKS, PROBE, Case, Finding, check
+from nfzoo.optimizers import innermost
 from nfzoo.spp import WHAT, SignalPropagation
 from nfzoo.spp.stats import DEFAULT
 
@@ -71,6 +72,8 @@ def examine(
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
     kept = [(v, np.array(keras.ops.convert_to_numpy(v))) for v in (*model.variables, *optimizer.variables)]
+    inner = innermost(optimizer)
+    averaging, inner.use_ema = inner.use_ema, False  # `fit` would end with the average: not what has been trained
     try:
         model.fit(
             x[order], y[order], batch_size=batch_size, shuffle=False, verbose=0, callbacks=[watch, losses, *callbacks]
@@ -78,10 +81,11 @@ def examine(
         end = _loss(model, x[:PROBE], y[:PROBE], training=True)
         inference = _loss(model, x[:PROBE], y[:PROBE], training=False)
     finally:
+        inner.use_ema = averaging
         for variable, value in kept:
             variable.assign(value)
     start = _loss(model, x[:PROBE], y[:PROBE], training=True)
-    case = Case(model, watch.table(), losses.each, start, end, inference, batch_size, _classes(model))
+    case = Case(model, watch.table(), losses.each, start, end, inference, batch_size, _classes(model), len(x[:PROBE]))
     findings = [finding for function in CHECKS.values() for finding in function(case)]
     return Diagnosis(model.name, sorted(findings, key=lambda f: SEVERITIES.index(f.severity)), case.log)
 

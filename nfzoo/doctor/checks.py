@@ -9,6 +9,7 @@ import pandas as pd
 
 from nfzoo import agc
 from nfzoo.alarms import alarms, stream
+from nfzoo.optimizers import clipping_of
 
 PROBE = 128
 NORMALIZATIONS = (keras.layers.BatchNormalization,)
@@ -43,6 +44,7 @@ class Case:
             after them, as in inference.
         batch_size: examples per step.
         classes: of the classifier; None where the loss does not tell.
+        probe: examples of the probe batch.
     """
 
     model: keras.Model
@@ -53,6 +55,7 @@ class Case:
     inference: float
     batch_size: int
     classes: int | None
+    probe: int = PROBE
 
     def at(self, kind: str, last: bool = False) -> pd.DataFrame:
         """Records of a kind at the first or at the last measurement, in the order of the network."""
@@ -169,8 +172,8 @@ def dead_units(case: Case) -> Iterator[Finding]:
         worst = rows.loc[rows.dead.idxmax()]
         yield Finding(
             "warning", "dead units",
-            f"After the steps, {worst.dead:.0%} of the channels of {worst.layer} are zero for all {PROBE} examples (30 "
-            f"% is let pass){_more(len(rows))}.",
+            f"After the steps {worst.dead:.0%} of the channels of {worst.layer} are zero for all {case.probe} examples "
+            f"(30 % is let pass){_more(len(rows))}.",
             "Use a smaller learning rate, or an activation with a gradient on both sides (SELU, GELU, SiLU).",
         )  # fmt: skip
 
@@ -201,8 +204,9 @@ def updates(case: Case) -> Iterator[Finding]:
 def clipping(case: Case) -> Iterator[Finding]:
     """How much AGC clips, where the model has it."""
     rows = case.at("weight_gradient", last=True)
-    clip = getattr(case.model, "agc", None)
-    if clip is None or "agc_clipped" not in rows:
+    clip, units = clipping_of(case.model)
+    rows = rows[[units.get(path) is not None for path in rows.layer]]
+    if not len(rows) or "agc_clipped" not in rows:
         return
     share = rows.agc_clipped.mean()
     text = f"AGC with factor {clip.clip_factor:g} clips {share:.0%} of the units of a layer on average"

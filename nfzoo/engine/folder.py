@@ -31,7 +31,7 @@ def options(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -
     for pattern, fields in recipe.build.items():
         if fnmatch(known, pattern):
             build |= fields
-    build |= overrides or {}
+    build |= {key: str(v) if isinstance(v, os.PathLike) else v for key, v in (overrides or {}).items()}
     if decided := sorted(build.keys() & DECIDED_BY_THE_RUN):
         raise ValueError(f"Expected overrides of the network. Received: {', '.join(decided)}, which the run decides")
     if recipe.frozen_epochs and not build.get("weights") and model not in names.USER_MODELS:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 
 import keras
 import numpy as np
 
-from nfzoo import weights
+from nfzoo import names, registry, weights
 from nfzoo.export import card as cards
 from nfzoo.export import formats, runtimes
 from nfzoo.export.serve import serve_check
@@ -94,9 +95,8 @@ def export(
         raise ValueError(
             f"Expected a model of one output. Received: {found.model.name} with {len(found.model.outputs)}"
         )
-    model = found.card["model"].partition(".")[0]
-    if name == "weights" and not re.fullmatch(rf"{re.escape(model)}\.\w+\.safetensors", to.name):
-        raise ValueError(f"Expected weights to be called {model}.TAG.safetensors. Received: {to.name}")
+    if name == "weights":
+        found = _loadable(found, to, preprocess)
     manifest = to.parent / "manifest.json"
     _entries(manifest)  # a damaged one is said before the work
     if preprocess:
@@ -115,6 +115,20 @@ def _foreign(model: keras.Model) -> str | None:
     return next((kind.__name__ for kind in kinds if not kind.__module__.startswith("keras.")), None)
 
 
+def _loadable(found, to: pathlib.Path, preprocess: bool):
+    """What `nfzoo.build(MODEL, weights=TAG)` needs: a name that it finds, and what an alias stands for."""
+    if preprocess:
+        raise ValueError("Expected preprocess=False with weights, which have no layers. Received: preprocess=True")
+    given = found.card["model"].partition(".")[0]
+    model, implied = names.canonical(given), dict(names.aliases()[given].overrides) if given in names.aliases() else {}
+    tag = re.fullmatch(rf"{re.escape(model)}\.(\w+)\.safetensors", to.name)
+    if tag is None or tag[1] in registry.PUBLISHERS:
+        taken = f", TAG none of {', '.join(registry.PUBLISHERS)}"
+        raise ValueError(f"Expected weights to be called {model}.TAG.safetensors{taken}. Received: {to.name}")
+    build = implied | found.card.get("build", {})
+    return replace(found, card={**found.card, "model": model, **({"build": build} if build else {})})
+
+
 def _weights(found, to: pathlib.Path) -> dict:
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
@@ -124,7 +138,8 @@ def _weights(found, to: pathlib.Path) -> dict:
         weights.load(again, partial)
         difference = _difference(*(_computed(net, found.images) for net in (again, found.model)))
         partial.rename(to)
-    return {"weights": to.name, "sha256": sha256(to), "largest_relative_difference": difference}
+    outputs = found.model.output_shape[-1]
+    return {"weights": to.name, "sha256": sha256(to), "outputs": outputs, "largest_relative_difference": difference}
 
 
 def _artefact(found, to: pathlib.Path, name: str, fold: bool, quantize: str | None) -> dict:

@@ -101,7 +101,7 @@ def _in_float32(model: keras.Model) -> keras.Model:
     def widened(layer: keras.Layer) -> keras.Layer:
         return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
 
-    twin = keras.models.clone_model(model, clone_function=widened)
+    twin = keras.models.clone_model(model, clone_function=widened, recursive=True)
     twin.set_weights(model.get_weights())
     return twin
 

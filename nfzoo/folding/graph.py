@@ -207,7 +207,13 @@ def affine(name: str, x: Node, scale=1.0, shift=0.0) -> Node:
 
 
 def _linear(kind: str) -> Callable:
-    def make(layer, inputs) -> Node:
+    def make(layer, inputs) -> Node | None:
+        if getattr(layer, "quantization_mode", None):
+            raise ValueError(
+                f"Expected a network of floats. Received: {layer.name} in {layer.quantization_mode}; fold it first"
+            )
+        if getattr(layer, "data_format", None) == "channels_first":
+            return None  # stays as it is
         kernel = layer.effective_kernel() if hasattr(layer, "effective_kernel") else layer.kernel
         bias = array(layer.bias) if layer.bias is not None else None
         node = Node(kind, layer.name, inputs, layer, kernel=array(kernel), bias=bias)

@@ -126,10 +126,14 @@ class _ScaledStd:
         return super().add_weight(*args, name=name, **kwargs)
 
     def build(self, input_shape) -> None:
+        # Keras' build ends with LoRA, after which a layer takes no more variables.
+        rank, self.lora_rank = getattr(self, "lora_rank", None), None
         super().build(input_shape)
         units = math.prod(n for axis, n in enumerate(self.kernel.shape) if axis not in self.fan_in_axes)
         initial = keras.initializers.Constant(self.gain_init)
         self.gain = self.add_weight(name="gain", shape=(units,), initializer=initial)
+        if rank:
+            self.enable_lora(rank, lora_alpha=self.lora_alpha)
 
     def effective_kernel(self) -> Any:
         """The standardized kernel that the convolution uses, float32, shape of the kernel."""
@@ -142,12 +146,23 @@ class _ScaledStd:
     def convolution_op(self, inputs, kernel):
         return super().convolution_op(inputs, ops.cast(self.effective_kernel(), self.compute_dtype))
 
-    # Keras' convolutions list the variables to store by hand and would lose the gain.
+    # Keras' convolutions list the variables to store by hand and would lose the gain. Like theirs, the kernel is stored
+    # with what LoRA has learned.
     def save_own_variables(self, store) -> None:
-        keras.layers.Layer.save_own_variables(self, store)
+        for number, value in enumerate((self.kernel, *self._beside_the_kernel())):
+            store[str(number)] = value
 
     def load_own_variables(self, store) -> None:
-        keras.layers.Layer.load_own_variables(self, store)
+        if not getattr(self, "lora_enabled", False):
+            keras.layers.Layer.load_own_variables(self, store)
+            return
+        for number, variable in enumerate((self._kernel, *self._beside_the_kernel())):
+            variable.assign(store[str(number)])
+        for variable in (self.lora_kernel_a, self.lora_kernel_b):
+            variable.assign(ops.zeros(variable.shape))
+
+    def _beside_the_kernel(self) -> list:
+        return [*([self.bias] if self.use_bias else ()), self.gain]
 
     def get_config(self) -> dict:
         own = {"epsilon": self.epsilon, "epsilon_mode": self.epsilon_mode, "gamma": self.gamma, "gain": self.gain_init}

@@ -181,6 +181,8 @@ class MaxPool2D(keras.layers.MaxPooling2D):
 
     def __init__(self, *args, pad: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.data_format != "channels_last":
+            raise ValueError(f'Expected data_format="channels_last" of {self.name}. Received: {self.data_format!r}')
         self.pad = pad
 
     def call(self, inputs):

@@ -152,6 +152,11 @@ def _attend(x, block: Block, site: Site, spec: ResidualSpec, variant):
 def norm_act(x, site: Site, spec: ResidualSpec, variant):
     """Normalize and activate, in the order of the spec."""
     if spec.order == "bn-relu-conv":
+        if spec.preactivation and getattr(variant, "last_gamma", 1.0) == 0:
+            raise ValueError(
+                "Expected last_gamma > 0 where an activation follows the normalization: relu(0) has no gradient, and "
+                "the branch would never open. Received: last_gamma=0 in a pre-activation network"
+            )
         return variant.act(variant.norm(x, site), site)
     return variant.norm(variant.act(x, site), site)
 

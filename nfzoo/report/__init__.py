@@ -14,7 +14,7 @@ from dataclasses import asdict
 import pandas as pd
 
 from nfzoo.alarms import THRESHOLDS
-from nfzoo.files import atomic, to_json
+from nfzoo.files import atomic, title_of, to_json
 from nfzoo.report import contents
 from nfzoo.report.quantities import KINDS, OVERVIEW, PLACES, QUANTITIES
 
@@ -74,13 +74,12 @@ def write(
 
 
 def _titles(folders: Sequence[str | pathlib.Path]) -> dict[str, pathlib.Path]:
-    """Name folders by their last part, or, where that is taken, by their whole path."""
+    """Name folders by their last part, or, where that is taken, by their path."""
     if isinstance(folders, str | pathlib.Path):
         folders = [folders]
     named: dict[str, pathlib.Path] = {}
     for folder in map(pathlib.Path, folders):
-        name = folder.name or str(folder.resolve().name)
-        named[str(folder) if name in named else name] = folder
+        named[title_of(folder, named)] = folder
     return named
 
 

@@ -98,6 +98,11 @@ def snapshot(
         ['activation', 'effective_weight', 'weight']
     """
     loss = None if y is None else loss_of(model, loss)
+    if y is not None and loss is None and "gradients" in what:
+        raise ValueError(
+            f"Expected a loss for the gradients, or a compiled model. Received: labels for {model.name} and neither; "
+            "pass loss=, or leave y out for activations and weights alone"
+        )
     return pd.DataFrame(Probe(model, taps, what, loss, definition, statistics)(x, y))
 
 

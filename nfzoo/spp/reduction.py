@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from nfzoo import agc
+from nfzoo.optimizers import clipping_of
 from nfzoo.spp.stats import definitions, edges, resolve, statistics
 from nfzoo.spp.taps import all_layers, place, select_taps
 
@@ -48,8 +49,8 @@ class Reduction:
         order = {id(layer): depth for depth, layer in enumerate(layers.values())}
         self.depth = {name: depth for depth, name in enumerate(self.taps)}
         self.depth |= {path: order.get(id(layer), -1) for path, (layer, _) in self.weights.items()}
-        # What AGC would do: with the model's own settings, or with its defaults.
-        self.agc = getattr(model, "agc", None) or agc.AGC()
+        self.agc, units = clipping_of(model)
+        self.units = {path: units.get(path, axes) for path, (_, axes) in self.weights.items()}
 
     def __call__(self, activations, weights, gradients, weight_gradients, before=None) -> dict:
         """Reduce tensors to statistics: kind -> layer -> name of the statistic -> tensor.
@@ -75,17 +76,19 @@ class Reduction:
                     result["effective_weight"][path] = self._statistics(effective, axes, True)
             if path in weight_gradients:
                 gradient = weight_gradients[path]
-                ratios = self._against_weight(gradient, (before or weights)[path], axes)
+                ratios = self._against_weight(gradient, (before or weights)[path], self.units[path])
                 result["weight_gradient"][path] = {**self._statistics(gradient, axes, True), **ratios}
         return {kind: rows for kind, rows in result.items() if rows}
 
     def _statistics(self, x, axes, flat: bool) -> dict[str, Any]:
         return statistics(x, axes, self.definition, flat, self.statistics)
 
-    def _against_weight(self, gradient, weight, axes) -> dict[str, Any]:
+    def _against_weight(self, gradient, weight, units) -> dict[str, Any]:
         """Norm of the gradient over that of the weight, and the share of units that AGC clips (NFNet paper, eq. 3)."""
-        _, clipped = agc.clip(gradient, weight, axes, self.agc.clip_factor, self.agc.eps)
         ratio = _norm(gradient) / ops.maximum(_norm(weight), self.agc.eps)
+        if units is None:  # excluded
+            return {"to_weight": ratio, "agc_clipped": ops.zeros((), "float32")}
+        _, clipped = agc.clip(gradient, weight, units, self.agc.clip_factor, self.agc.eps)
         return {"to_weight": ratio, "agc_clipped": ops.mean(ops.cast(clipped, "float32"))}
 
     def layout(self) -> list[tuple[str, str, str]]:

@@ -116,7 +116,7 @@ def _check_folder(out: pathlib.Path, made: Spec) -> None:
 def _common(description: dict) -> dict:
     """What all trials of a scan share."""
     tree = {"recipe": json.loads(json.dumps(description["recipe"])), "overrides": description.get("overrides")}
-    for path in [*description["axes"], "optimizer.learning_rate", "data.data_dir", "seed", "seeds"]:
+    for path in [*description["axes"], "data.data_dir", "seed", "seeds"]:
         *parents, leaf = path.split(".")
         node = tree["recipe"]
         for parent in parents:

@@ -151,7 +151,9 @@ class Spec(BaseModel):
             raise ValueError(
                 "Expected validation images, by which settings are compared. Received: data.validation_fraction=0"
             )
-        ends = [(a.low, a.high) if isinstance(a, Range) else a for a in self.axes.values()]
+        # What lies within a range must do, too, where its ends are whole numbers by chance.
+        within = lambda a: a.low * (a.high / a.low) ** 0.382  # noqa: E731
+        ends = [(a.low, within(a), a.high) if isinstance(a, Range) else a for a in self.axes.values()]
         if not all(ends):
             raise ValueError(f"Expected values for each axis. Received: {self.axes}")
         changes = {EPOCHS: 1} if self.search == "hyperband" else {}

@@ -236,10 +236,16 @@ def _error(worker: subprocess.Popen) -> Exception:
     return getattr(builtins, kind, RuntimeError)(text)
 
 
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    trials.withdraw()
+    os._exit(3)
+
+
 def main() -> int:
     """A worker process: what to do comes on the standard input, whose end is the end of whoever started it."""
     description = json.loads(sys.stdin.readline())
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(3)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     report = os.dup(1)
     os.dup2(2, 1)  # what libraries print goes to the log
     try:

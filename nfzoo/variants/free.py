@@ -98,6 +98,11 @@ class NF(Variant):
     def __post_init__(self):
         if self.gamma_in not in ("activation", "kernel"):
             raise ValueError(f'Expected gamma_in to be "activation" or "kernel". Received: gamma_in={self.gamma_in!r}')
+        if self.skip_gain == self.last_gain == 0:
+            raise ValueError(
+                "Expected skip_gain or last_gain to start at another value than 0: the gradient of each is a multiple "
+                "of the other, and the branch would never open. Received: both at 0"
+            )
 
     @classmethod
     def conventions(cls, dialect: str) -> dict:
