@@ -405,7 +405,10 @@ def test_the_doctor_takes_a_saved_network_of_anybody(call, tmp_path):
     assert status == 0, err
 
 
-@pytest.mark.parametrize("name", ["keras.applications:ResNet5000", "keras.applications:resnet50", "sn_efficientnet_b99", "missing.keras"])
+STRANGERS = ["keras.applications:ResNet5000", "keras.applications:resnet50", "sn_efficientnet_b99", "missing.keras"]
+
+
+@pytest.mark.parametrize("name", STRANGERS)
 def test_the_doctor_does_not_know_everybody(call, name):
     status, _, err = call("doctor", name, "--data", "fake")
     assert status == 1 and ("Expected" in err or "not found" in err) and name.split(":")[-1].split(".")[0] in err

@@ -50,7 +50,7 @@ def line(row: Row, seed: int, recipe: recipes.Recipe, metrics: dict, folder: pat
 
 
 def lines_of_row(results: pd.DataFrame, row: Row) -> pd.DataFrame:
-    """Lines of a row as it is defined now, of any seed."""
+    """Lines of a row as it is defined now, of any seed, whatever the code was then."""
     if not len(results):
         return results
     resolved = engine.options(row.model, recipe_of(row, 0, None), row.build)

@@ -117,7 +117,7 @@ def format_of(path: pathlib.Path, name: str | None) -> str:
     if absent:
         raise ImportError(
             f"Expected what {name} is written and reloaded with. Received: no {', '.join(absent)}; "
-            "pip install 'nfzoo[export]'"
+            "pip install '.[export]' in a checkout"
         )
     if name == "litert" and keras.backend.backend() != "tensorflow":
         raise ValueError(f"Expected KERAS_BACKEND=tensorflow to write litert. Received: {keras.backend.backend()}")
