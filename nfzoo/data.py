@@ -7,6 +7,7 @@ seen, and nothing here needs TensorFlow unless a tensorflow-datasets name is ask
 import functools
 import math
 import pathlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import keras
@@ -112,6 +113,8 @@ def save(data: Data, path: str | pathlib.Path) -> pathlib.Path:
 class Batches(keras.utils.PyDataset):
     """Standardized batches of a split: images (b, height, width, 3) float32, labels (b,) int32 or (b, classes) float32.
 
+    While one is trained on, a thread makes the next: not every backend looks ahead by itself.
+
     Args:
         split: what to read.
         batch_size: of all but the last batch, which may be smaller.
@@ -152,6 +155,7 @@ class Batches(keras.utils.PyDataset):
         self.split, self.batch_size, self.seed, self.shuffle = split, batch_size, seed, shuffle
         self.augment, self.epoch, self.classes, self.shard = augment, epoch, classes, shard
         self.window: tuple[int, int | None] = (0, None)  # the steps of an epoch that are left to do
+        self._ahead: tuple[tuple[int, int], Future] | None = None  # epoch and step of the batch that is being made
         # (x / 255 - mean) / std, as one multiplication and one addition
         self.scale = (1 / (255 * np.asarray(std))).astype(np.float32)
         self.offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
@@ -161,14 +165,25 @@ class Batches(keras.utils.PyDataset):
         return len(range(whole + (rest >= self.multiple))[slice(*self.window)])
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        step += self.window[0]
+        wanted, (place, made) = (self.epoch, step + self.window[0]), self._ahead or (None, None)
+        batch = made.result() if place == wanted else self._made(*wanted)
+        in_order = step == 0 or place == wanted  # Keras' own shuffling asks for steps at random
+        following = (self.epoch, wanted[1] + 1)
+        ahead = in_order and step + 1 < len(self)
+        self._ahead = (following, _maker().submit(self._made, *following)) if ahead else None
+        return batch
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_ahead": None}
+
+    def _made(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        batch = self.split.take(_order(self.seed, self.epoch, len(self.split))[chosen] if self.shuffle else chosen)
+        batch = self.split.take(_order(self.seed, epoch, len(self.split))[chosen] if self.shuffle else chosen)
         images, labels = batch.images, batch.labels
         if self.classes is not None:
             labels = np.eye(self.classes, dtype=np.float32)[labels]
         if self.augment is not None:
-            images, labels = augmented(images, labels, self.augment, (self.seed, self.epoch, step))
+            images, labels = augmented(images, labels, self.augment, (self.seed, epoch, step))
         process, processes = self.shard
         mine = slice(process, len(labels) // self.multiple * self.multiple, processes)
         return images[mine] * self.scale + self.offset, labels[mine]
@@ -189,6 +204,11 @@ class EpochClock(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None) -> None:
         for batches in self.batches:
             batches.epoch = epoch
+
+
+@functools.cache
+def _maker() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "nfzoo-batches")
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,6 +1,9 @@
 """Images in memory, and batches that are a pure function of seed, epoch and step."""
 
+import copy
 import pathlib
+import pickle
+import threading
 
 import keras
 import numpy as np
@@ -398,3 +401,29 @@ def test_a_batch_of_a_test_folder_is_not_of_one_class(tmp_path):
     assert ((test.images[:, 0, 0, 0] >= 100) == test.labels).all()
     again = data.load(recipes.Data(name=str(tmp_path), validation_fraction=0)).test
     assert (again.images == test.images).all()
+
+
+def test_the_next_batch_is_made_while_one_is_used():
+    """By another thread, and the batch it is: whatever epoch comes, wherever one starts, and in a copy."""
+    images = data.load(Data(name="fake"))
+    settings = {"seed": 3, "shuffle": True, "augment": Augment(crop_padding=2, flip=True)}
+
+    def fresh(epoch, step):
+        return data.Batches(images.train, 32, images.mean, images.std, epoch=epoch, **settings)[step]
+
+    made, batches = threading.Event(), data.Batches(images.train, 32, images.mean, images.std, **settings)
+    original = batches._made
+    batches._made = lambda epoch, step: (made.set() if step == 1 else None) or original(epoch, step)
+    batches[0]
+    assert made.wait(10)  # nobody has asked for it
+    del batches._made
+    twin = pickle.loads(pickle.dumps(copy.copy(batches)))
+    for epoch, step in ((0, 1), (0, 2), (1, 0), (1, 1), (1, 5), (1, 6), (0, 3)):
+        batches.epoch = twin.epoch = epoch
+        for one, two, three in zip(batches[step], twin[step], fresh(epoch, step), strict=True):
+            np.testing.assert_array_equal(one, three)
+            np.testing.assert_array_equal(two, three)
+    batches.window = (2, 5)
+    np.testing.assert_array_equal(batches[0][0], fresh(0, 2)[0])
+    np.testing.assert_array_equal(batches[1][0], fresh(0, 3)[0])
+    assert len(batches) == 3
