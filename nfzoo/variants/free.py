@@ -142,3 +142,28 @@ class NF(Variant):
 
     def head_init(self, inputs: int) -> keras.Initializer:
         return keras.initializers.RandomNormal(stddev=0.01)
+
+
+@dataclass(frozen=True)
+class SNF(NF):
+    """The branches of NF, open from the start, with SELU and plain kernels instead of standardized ones.
+
+    SELU keeps what the standardization kept, mean and variance, as long as the kernels stay near where LeCun's
+    initialisation puts them; branches at half the amplitude and a learnable gain of one let all blocks learn at once;
+    and what zero padding takes from small maps is given back.
+
+    Attributes:
+        activation, alpha, skip_gain, standardize, padding_compensation: as of `NF`, with other defaults.
+
+    References: ours (docs/closing-the-gap.md), from NF-ResNet (arXiv 2101.08692) and SELU (arXiv 1706.02515).
+    """
+
+    activation: str | None = "selu"
+    alpha: float = 0.5
+    skip_gain: float | None = 1.0
+    standardize: bool = False
+    padding_compensation: bool = True
+
+    @classmethod
+    def conventions(cls, dialect: str) -> dict:
+        return {}  # nobody else has it
