@@ -35,7 +35,7 @@ class Threshold:
     reason: str
 
 
-# Measured at initialisation: the nine variants of ResNet-50 (64 px), EfficientNet-B0 (digits, 32 px) and the test rows.
+# Measured at initialisation: the variants of ResNet-50 (64 px), EfficientNet-B0 (digits, 32 px) and the test rows.
 THRESHOLDS: dict[str, Threshold] = {
     "NaN origin": Threshold(
         ALARM, 0, "number of layers whose values are not finite",
