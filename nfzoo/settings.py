@@ -243,17 +243,15 @@ class Recipe(_Frozen):
 
     @property
     def first_drop(self) -> float | None:
-        """The epoch after which a stepwise schedule first lowers the rate; None for the others."""
+        """The epoch after which a stepwise schedule first lowers the rate, infinite for never; None for the others."""
         if self.schedule.name == "halving":
             return self.schedule.start + self.schedule.every
-        return min(self.schedule.milestones, default=None) if self.schedule.name == "step" else None
+        return min(self.schedule.milestones, default=math.inf) if self.schedule.name == "step" else None
 
     @field_validator("schedule")
     @classmethod
     def _fits_the_run(cls, value: Schedule, info: ValidationInfo) -> Schedule:
         epochs = info.data.get("epochs", math.inf) - info.data.get("frozen_epochs", 0)
-        if value.name == "step" and not value.milestones:
-            raise ValueError('Expected milestones of the schedule "step", e.g. schedule.milestones=[60,80]')
         if value.warmup_epochs and value.warmup_epochs >= epochs:
             raise ValueError(f"Expected warmup_epochs below the {epochs} epochs of the run; lower it as well")
         return value

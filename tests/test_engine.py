@@ -362,6 +362,7 @@ def _plain(*, classes, input_shape):
     [
         ({"schedule.name": "step", "schedule.milestones": [1]}, "after epoch 1, of 1"),
         ({"schedule.name": "halving", "schedule.start": 1, "schedule.every": 1}, "after epoch 2, of 1"),
+        ({"schedule.name": "step"}, 'schedule "step" has no milestones'),
         ({"schedule.name": "step", "schedule.milestones": [0.5]}, None),
         ({"schedule.name": "cosine"}, None),
     ],

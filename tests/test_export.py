@@ -91,7 +91,7 @@ def test_mistakes_are_said_before_anything_is_done(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="sn_test_efficientnet"):
         export.export("sn_test_efficentnet", tmp_path / "x")
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"no onnx, onnxruntime; pip install 'nfzoo\[export\]'"):
+    with pytest.raises(ImportError, match=r"no onnx, onnxruntime; pip install '\.\[export\]'"):
         export.export(run, tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
 

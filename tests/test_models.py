@@ -208,7 +208,7 @@ def test_drop_rates():
     ("arguments", "match"),
     [
         ({"classes": 0}, "classes=0"),
-        ({"include_preprocessing": True, "input_shape": (32, 32, 4)}, "three channels"),
+        ({"include_preprocessing": True, "input_shape": (32, 32, 4)}, "mean and std of every channel"),
         ({"input_shape": (4, 4, 3)}, r"at least 8x8.*\(4, 4, 3\)"),
         ({"input_shape": (32, 32)}, r"\(height, width, channels\)"),
         ({"pooling": "median"}, "'median'"),

@@ -229,9 +229,3 @@ def test_the_classifier_alone_keeps_the_groups_that_it_is_in():
         {"pattern": "gain|bias", "weight_decay": 0.0}, {"pattern": "stem.*", "learning_rate": 0.1}
     ]}))  # fmt: skip
     assert [group.pattern for group in alone.optimizer.groups] == ["gain|bias"]
-
-
-def test_a_stepwise_schedule_has_steps():
-    with pytest.raises(ValueError, match="milestones"):
-        recipes.override(recipes.get("poster"), {"schedule.name": "step"})
-    assert recipes.override(recipes.get("poster"), {"schedule": {"name": "step", "milestones": [5]}}).first_drop == 5

@@ -134,9 +134,10 @@ def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devi
 def _warn_of_an_idle_schedule(recipe: recipes.Recipe, warn) -> None:
     first, epochs = recipe.first_drop, recipe.epochs - recipe.frozen_epochs
     if first is not None and first >= epochs:
+        late = f"first lowers it after epoch {first:g}, of {epochs}" if math.isfinite(first) else "has no milestones"
         warn(
-            f'the learning rate never falls: schedule "{recipe.schedule.name}" first lowers it after epoch {first:g}, '
-            f"of {epochs}; --set schedule.milestones=[…] (halving: start, every), or --set schedule.name=cosine"
+            f'the learning rate never falls: schedule "{recipe.schedule.name}" {late}; --set schedule.milestones=[…] '
+            "(halving: start, every), or --set schedule.name=cosine"
         )
 
 
