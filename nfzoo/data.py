@@ -202,6 +202,13 @@ class EpochClock(keras.callbacks.Callback):
         self.batches = batches
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
+        self._set(epoch)
+
+    def on_test_begin(self, logs=None) -> None:
+        self._set(self.epoch + 1)  # at the end of an epoch, validation images are augmented as of the next
+
+    def _set(self, epoch: int) -> None:
+        self.epoch = epoch
         for batches in self.batches:
             batches.epoch = epoch
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import json
 import pathlib
 import subprocess
@@ -14,8 +15,8 @@ from conftest import kill_after, slow_but
 from rich.console import Console
 
 import nfzoo
-from nfzoo import callbacks, data, engine, names, recipes, spp
-from nfzoo.engine import folder
+from nfzoo import backend, callbacks, data, engine, names, recipes, spp
+from nfzoo.engine import folder, learning
 
 MODEL = "sn_test_ffnn"
 BUILD = {"dropout_rate": 0.3}
@@ -388,3 +389,36 @@ def test_the_rest_of_an_epoch_is_told_as_what_it_is(monkeypatch, console):
 def test_paths_are_overrides_too(tmp_path):
     given = {"weights": tmp_path / "a.safetensors"}
     assert engine.options(MODEL, _recipe(), given)["build"]["weights"] == str(tmp_path / "a.safetensors")
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's input pipeline")
+def test_an_epoch_does_not_wait_for_its_input_to_tune_itself():
+    """Keras' own data set starts a thread that wakes at longer and longer intervals; an epoch's end waits for it."""
+    batches = data.Batches(data.load(_recipe().data).train, 8, (0.5,) * 3, (0.25,) * 3)
+    batches.window = (3, 7)
+    fed = backend.feed(batches)
+    assert not fed.options().autotune.enabled and int(fed.cardinality()) == len(batches) == 4
+    for (x, y), (one, two) in zip(fed, (batches[step] for step in range(4)), strict=True):
+        np.testing.assert_array_equal(x, one)
+        np.testing.assert_array_equal(y, two)
+
+
+def test_validation_images_are_augmented_anew_every_epoch():
+    """As of the epoch that follows, whatever a backend's adapter counts by itself."""
+    images = data.load(_recipe().data)
+    seen = []
+
+    class Noted(data.Batches):
+        def _made(self, epoch, step):
+            seen.append(epoch)
+            return super()._made(epoch, step)
+
+    train = data.Batches(images.train, 64, images.mean, images.std)
+    validation = Noted(images.validation, 64, images.mean, images.std)
+    net = learning.new_model(engine.options(MODEL, _recipe()), images, _recipe())
+    learning.prepare(net, _recipe(), len(train))
+    net.fit(
+        backend.feed(train), validation_data=backend.feed(validation), epochs=3, verbose=0, shuffle=False,
+        callbacks=[data.EpochClock(train, validation)],
+    )  # fmt: skip
+    assert [epoch for epoch, _ in itertools.groupby(seen)][-3:] == [1, 2, 3]

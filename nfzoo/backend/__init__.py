@@ -3,7 +3,7 @@
 Each module exports `Step` (a mixin for `keras.Model` with `train_step`), `conv(...)` (grouped too),
 `depthwise_conv(...)`, `batch_normalize(...)`, `standardize_columns(...)`, `column_moments(...)`, `signals(...)`,
 `observe(...)`, `sync(model)`, which brings the variables of a model up to date in the middle of `fit`,
-`deterministic(wanted)`, `data_parallel()` and `device_count()`; the active one is chosen here, once.
+`feed(batches)`, `deterministic(wanted)`, `data_parallel()` and `device_count()`; the active one is chosen here, once.
 """
 
 import keras
@@ -18,6 +18,7 @@ if keras.config.backend() == "tensorflow":
         depthwise_conv,
         deterministic,
         device_count,
+        feed,
         observe,
         scope,
         signals,
@@ -35,6 +36,7 @@ elif keras.config.backend() == "jax":
         depthwise_conv,
         deterministic,
         device_count,
+        feed,
         observe,
         scope,
         signals,
@@ -50,5 +52,5 @@ else:
 
 __all__ = [
     "Step", "batch_normalize", "column_moments", "conv", "data_parallel", "depthwise_conv", "deterministic",
-    "device_count", "observe", "scope", "signals", "split_cpu", "standardize_columns", "sync",
+    "device_count", "feed", "observe", "scope", "signals", "split_cpu", "standardize_columns", "sync",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import keras
 import numpy as np
 
-from nfzoo import callbacks, data, recipes, spp
+from nfzoo import backend, callbacks, data, recipes, spp
 from nfzoo.engine import learning
 
 
@@ -79,7 +79,8 @@ def train(
         until: end after so many steps of the next epoch.
         validate: look at the validation images after each epoch.
     """
-    stream, validation = batches["train"], batches["validation"] if validate and len(batches["validation"]) else None
+    stream = batches["train"]
+    validation = backend.feed(batches["validation"]) if validate and len(batches["validation"]) else None
     if state.step:
         state.net.test_on_batch(*stream[0])  # makes the counters, for their values to be put back
     # The rest of an epoch is a `fit` of its own: Keras counts the steps of an epoch once.
@@ -91,8 +92,8 @@ def train(
                 step.steps_before = state.step
         stream.window = (state.step, until)
         state.net.fit(
-            stream, validation_data=validation, epochs=end, initial_epoch=state.epoch, callbacks=steps, verbose=0,
-            shuffle=False,  # Keras would shuffle the steps; the batches order themselves
+            backend.feed(stream), validation_data=validation, epochs=end, initial_epoch=state.epoch, callbacks=steps,
+            verbose=0, shuffle=False,  # Keras would shuffle the steps; the batches order themselves
         )  # fmt: skip
         state.epoch, state.step, stream.window = end, 0, (0, None)
         if state.net.stop_training:

@@ -174,10 +174,10 @@ def _metrics(state: State, test, guard, average, seconds: float, examples: int) 
     raw, result, history = {}, {}, state.history
     if test is not None and average.kept:
         average.put_back()
-        raw = state.net.evaluate(test, verbose=0, return_dict=True)
+        raw = state.net.evaluate(backend.feed(test), verbose=0, return_dict=True)
         average.put_average()
     if test is not None:
-        result = state.net.evaluate(test, verbose=0, return_dict=True)
+        result = state.net.evaluate(backend.feed(test), verbose=0, return_dict=True)
     last, spent = history[-1] if history else {}, sum(row["seconds"] for row in history)
     diverged = guard.diverged or not math.isfinite(result.get("loss", last.get("val_loss", 0.0)))
     metrics = {

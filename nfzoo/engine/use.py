@@ -5,7 +5,7 @@ import pathlib
 import keras
 import numpy as np
 
-from nfzoo import callbacks, data, recipes
+from nfzoo import backend, callbacks, data, recipes
 from nfzoo.engine import learning
 from nfzoo.engine.folder import read_options
 from nfzoo.files import finite
@@ -48,5 +48,5 @@ def evaluate(folder: str | pathlib.Path, source: str | None = None, data_dir: st
     mean, std = options["images"]["mean"], options["images"]["std"]
     classes = len(images.classes) if recipe.one_hot else None
     batches = data.Batches(test, recipe.batch_size, mean, std, classes=classes)
-    result = net.evaluate(batches, verbose=0, return_dict=True)
+    result = net.evaluate(backend.feed(batches), verbose=0, return_dict=True)
     return finite({"images": len(images.test), **{k: float(np.round(v, 6)) for k, v in result.items()}})
