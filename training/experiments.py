@@ -33,18 +33,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Contest:
-    """Candidates under one budget, the first of them the one to beat. All get the same trials.
+    """Candidates under one budget; the first `to_beat` of them are those to beat. All get the same trials.
 
-    A trial is `trial_epochs` at one learning rate with the first seed. The best on validation decides the rate; with it
-    the first candidate and the `finalists` best of the others are trained for the whole budget with every seed. Only
-    then is the test split read, once per run. What counts is the paired difference, on the test split, of the one that
-    validates best over its finals. A final that one of the tables `known` holds, the same network under the same recipe
-    with the same seed, is not run again.
+    - A trial is `trial_epochs` at one learning rate with the first seed; the best on validation decides the rate.
+    - A semifinal is the whole budget with the first seed: those to beat, and the `semifinalists` best of the trials.
+    - A final is the whole budget with the other seeds: those to beat, and the `finalists` best of the semifinals.
+
+    Only then is the test split read, once per run of the finalists. What counts is the candidate that validates best
+    over its finals, by its paired difference on the test split to the one of those to beat that validates best. A run
+    of the whole budget that one of the tables `known` holds, the same network under the same recipe with the same seed,
+    is not run again.
     """
 
     rows: list[Row]
+    to_beat: int = 1
     rates: tuple[float, ...] = (3e-4, 1e-3, 2e-3, 4e-3)
     trial_epochs: int = 4
+    semifinalists: int = 14
     finalists: int = 6
     seeds: tuple[int, ...] = (868, 67, 472)
     known: tuple[str, ...] = ()
@@ -192,6 +197,11 @@ CONTESTS: dict[str, Contest] = {
             Row("NF, open, AGC 0.02", "nf_efficientnet_b0", changes={"agc": 0.02}, build=_OPEN),
             Row("NF, open, alpha 0.5", "nf_efficientnet_b0", build={**_OPEN, "alpha": 0.5}),
             Row("NF, open, SELU", "nf_efficientnet_b0", build=_SELU),
+            Row("NF, open, plain", "nf_efficientnet_b0", build={**_OPEN, "standardize": False}),
+            Row(
+                "NF, open, plain, alpha 0.5", "nf_efficientnet_b0",
+                build={**_OPEN, "alpha": 0.5, "standardize": False},
+            ),
             Row("NF, open, plain SELU", "nf_efficientnet_b0", build=_PLAIN),
             Row(
                 "NF, open, plain SELU, stochastic depth", "nf_efficientnet_b0",
@@ -199,6 +209,7 @@ CONTESTS: dict[str, Contest] = {
             ),
             Row("NF, open, plain SELU, decay", "nf_efficientnet_b0", changes=_DECAY, build=_PLAIN),
         ],
+        to_beat=2,
         known=("poster_table1",),
     ),
 }  # fmt: skip

@@ -54,24 +54,46 @@ def verdicts(contest: Contest, results: pd.DataFrame) -> dict[str, tuple[float, 
     return found
 
 
-def finals(contest: Contest, results: pd.DataFrame) -> list[Row]:
-    """Who is trained for the whole budget, at which learning rate: the one to beat, and the best of the others."""
+def ranked(contest: Contest, rows: list[Row], judged: dict[str, float], places: int) -> list[Row]:
+    """Those to beat, and the best of the others on validation."""
+    asked = {row.name for row in contest.rows[: contest.to_beat]}
+    best = sorted((row for row in rows if row.name not in asked), key=lambda row: judged[row.name], reverse=True)
+    return [row for row in rows if row.name in asked] + best[:places]
+
+
+def semifinals(contest: Contest, results: pd.DataFrame) -> list[Row]:
+    """Who is trained for the whole budget, at which learning rate."""
     judged = verdicts(contest, results)
-    first, *others = contest.rows
-    known = [row for row in others if row.name in judged]
-    best = sorted(known, key=lambda row: judged[row.name][1], reverse=True)[: contest.finalists]
-    chosen = [row for row in (first, *best) if row.name in judged]
-    return [replace(row, changes={**row.changes, RATE: judged[row.name][0]}) for row in chosen]
+    rows = [
+        replace(row, changes={**row.changes, RATE: judged[row.name][0]}) for row in contest.rows if row.name in judged
+    ]
+    return ranked(contest, rows, {name: accuracy for name, (_, accuracy) in judged.items()}, contest.semifinalists)
+
+
+def finals(contest: Contest, results: pd.DataFrame) -> list[Row]:
+    """Who is trained with every seed; nobody before the last semifinal is run."""
+    rows = semifinals(contest, results)
+    runs = {row.name: lines(results, row, contest.seeds[0]) for row in rows}
+    if not all(map(len, runs.values())):
+        return []
+    return ranked(contest, rows, {name: validation(run) for name, run in runs.items()}, contest.finalists)
+
+
+def validation(runs: pd.DataFrame) -> float:
+    """Mean validation accuracy; a run that diverged has none right."""
+    return float(runs.val_accuracy.where(runs.status == "complete", 0.0).mean())
 
 
 def due(contest: Contest, results: pd.DataFrame) -> Iterator[tuple[str, Row, int]]:
-    """What is still to be run: every trial, and once all are there, the finals."""
+    """What is still to be run: every trial; once all are there the semifinals; then the finals."""
     first = contest.seeds[0]
-    missing = [t for row in contest.rows for t in trials(contest, row) if not len(lines(results, t, first))]
-    yield from (("trial", trial, first) for trial in missing)
+    missing = [("trial", t, first) for row in contest.rows for t in trials(contest, row)]
+    missing = [job for job in missing if not len(lines(results, *job[1:]))]
     if not missing:
-        for row in finals(contest, results):
-            yield from (("final", row, seed) for seed in contest.seeds if not len(lines(results, row, seed)))
+        missing = [("final", row, first) for row in semifinals(contest, results)]
+        missing += [("final", row, seed) for row in finals(contest, results) for seed in contest.seeds[1:]]
+        missing = [job for job in missing if not len(lines(results, *job[1:]))]
+    yield from missing
 
 
 def unread(contest: Contest, results: pd.DataFrame) -> list[tuple[Row, int]]:
@@ -107,7 +129,7 @@ def train(budget: str, stage: str, row: Row, seed: int, data_dir: str | None, ru
 
 
 def markdown(budget: str, results: pd.DataFrame) -> str:
-    """Every candidate: best learning rate, validation after its trial and over its finals, test where it is read.
+    """Every candidate: best learning rate, validation after its trial and at the end, test where it is read.
 
     What the contest claims is the row in bold: best on validation over all finals, not on the test split.
     """
@@ -115,28 +137,27 @@ def markdown(budget: str, results: pd.DataFrame) -> str:
     over = not any(due(contest, results)) and not unread(contest, results)
     ended = {
         row.name: pd.concat([lines(results, row, seed) for seed in contest.seeds]).set_index("seed")
-        for row in finals(contest, results)
+        for row in semifinals(contest, results)
     }
-    to_beat, *others = [name for name in ended if len(ended[name])] or [None]
-    judge = lambda name: ended[name].val_accuracy.where(ended[name].status == "complete", 0.0).mean()  # noqa: E731
-    claimed = max(others, key=judge, default=None) if over else None
+    asked = [row.name for row in contest.rows[: contest.to_beat]]
+    final = {row.name: validation(ended[row.name]) for row in finals(contest, results)} if over else {}
+    to_beat = max(asked, key=final.get) if over else asked[0]
+    claimed = max(final.keys() - set(asked), key=final.get, default=None)
     text = [
         f"| candidate | best rate | validation % after {contest.trial_epochs} epochs | at the end | test accuracy % | "
-        f"by seed, less {contest.rows[0].name} |",
+        f"by seed, less {to_beat} |",
         "| --- |" + " --- |" * 5,
     ]
-    for name, (rate, validation) in verdicts(contest, results).items():
+    for name, (rate, early) in verdicts(contest, results).items():
         runs = ended.get(name, results.head(0))
-        cells = ["", "", ""]
-        if len(runs):
-            cells[0] = spread(runs.val_accuracy)
-        if len(runs) and over:
+        cells = [spread(runs.val_accuracy) if len(runs) else "", "", ""]
+        if name in final:
             lost = (runs.status != "complete").sum()
             cells[1] = spread(runs.test_accuracy) + (f", {lost} diverged" if lost else "")
             paired = 100 * (runs.test_accuracy - ended[to_beat].test_accuracy).dropna()
             cells[2] = ", ".join(f"{x:+.1f}" for x in paired) if name != to_beat else ""
         shown = f"**{name}**" if name == claimed else name
-        text.append(f"| {shown} | {rate:g} | {100 * validation:.1f} | {' | '.join(cells)} |")
+        text.append(f"| {shown} | {rate:g} | {100 * early:.1f} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
