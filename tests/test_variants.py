@@ -6,9 +6,9 @@ import pytest
 
 import nfzoo
 from nfzoo import layers, numerics, weights
-from nfzoo.variants import BN, GN, NF, SN, SNF, VARIANTS, Variant
+from nfzoo.variants import BN, GN, NF, PNF, SN, VARIANTS, Variant
 
-NAMES = ("none", "bn", "gn", "sn", "nf", "snf")
+NAMES = ("none", "bn", "gn", "sn", "nf", "pnf")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def _std(model, path):
 def test_variants_are_values():
     assert NF(alpha=0.1) == NF(alpha=0.1) != NF()
     assert {name: VARIANTS[name]() for name in NAMES} == {
-        "none": Variant(), "bn": BN(), "gn": GN(), "sn": SN(), "nf": NF(), "snf": SNF(),
+        "none": Variant(), "bn": BN(), "gn": GN(), "sn": SN(), "nf": NF(), "pnf": PNF(),
     }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_normalization_follows_every_convolution(nets, name, kind):
     assert not any(c.use_bias for c in convolutions)
 
 
-@pytest.mark.parametrize("name", ["none", "sn", "nf", "snf"])
+@pytest.mark.parametrize("name", ["none", "sn", "nf", "pnf"])
 def test_no_normalization_layer(nets, name):
     normalizers = keras.layers.BatchNormalization | keras.layers.GroupNormalization | keras.layers.LayerNormalization
     assert not _of(nets[name], normalizers)
@@ -194,22 +194,27 @@ def test_branches_that_would_never_open_are_refused():
     nfzoo.build("bn_resnetv2_18", order="relu-bn-conv", **small)
 
 
-def test_snf_keeps_its_signal_on_maps_of_one_pixel():
-    """At 32 px stages 4 to 7 of EfficientNet-B0 work on 4x4 to 1x1: a stage starts near 1 and adds alpha² per merge."""
-    net = nfzoo.build("snf_efficientnet_b0", input_shape=(32, 32, 3))
-    noise = np.random.default_rng(0).standard_normal((128, 32, 32, 3)).astype("float32")
-    rows = nfzoo.spp.snapshot(net, noise, taps="stage*_out", what=("activations",))
-    merges = np.array([number for depth in (1, 2, 2, 3, 3, 4, 1) for number in range(depth)])
-    assert len(rows) == 16 and (rows.second_moment / (1 + 0.25 * merges)).between(0.5, 1.7).all()
-    closed = nfzoo.build("nf_efficientnet_b0", input_shape=(32, 32, 3), skip_gain=1.0)
-    falling = nfzoo.spp.snapshot(closed, noise, taps="stage*_out", what=("activations",)).second_moment
-    assert falling.iloc[-1] < 0.05 < 0.5 < rows.second_moment.iloc[-1]
+def test_pnf_keeps_its_signal_on_small_maps():
+    """At 32 px with the small stem SiLU's growth and what padding takes are even; without He's gain it fades."""
+    noise = np.random.default_rng(0).standard_normal((32, 32, 32, 3)).astype("float32")
+
+    def last(seed, **build):
+        keras.utils.set_random_seed(seed)
+        net = nfzoo.build("pnf_efficientnet_b0", input_shape=(32, 32, 3), stem="small", **build)
+        return nfzoo.spp.snapshot(net, noise, taps="stage7_block1_out", what=("activations",)).second_moment.item()
+
+    # Nothing but the initialisation holds it: a draw of the weights may differ from the next by a hundredfold.
+    assert 0.3 < np.median([last(seed) for seed in range(3)]) < 30
+    assert last(0, init="lecun") < 1e-7
 
 
-def test_snf_is_nf_with_other_defaults():
-    fields = {"activation": "selu", "alpha": 0.5, "skip_gain": 1.0, "standardize": False, "padding_compensation": True}
-    one = nfzoo.build("snf_test_efficientnet")
-    other = nfzoo.build("nf_test_efficientnet", **fields)
-    assert weights.reading(one) == nfzoo.weights.reading(other)
-    assert [v.path for v in one.weights] == [v.path for v in other.weights]
-    assert SNF.conventions("timm") == {}
+def test_pnf_is_nf_with_other_defaults():
+    nets = []
+    for name, build in (("pnf", {}), ("nf", {"init": "he", "skip_gain": 1.0, "standardize": False})):
+        keras.utils.set_random_seed(0)
+        nets.append(nfzoo.build(f"{name}_test_efficientnet", **build))
+    assert weights.reading(nets[0]) == weights.reading(nets[1])
+    for one, other in zip(*(net.weights for net in nets), strict=True):
+        assert one.path == other.path
+        np.testing.assert_array_equal(one, other)
+    assert PNF.conventions("timm") == {}

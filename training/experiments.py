@@ -49,7 +49,7 @@ class Contest:
     to_beat: int = 1
     rates: tuple[float, ...] = (3e-4, 1e-3, 2e-3, 4e-3)
     trial_epochs: int = 4
-    semifinalists: int = 14
+    semifinalists: int = 13
     finalists: int = 6
     seeds: tuple[int, ...] = (868, 67, 472)
     known: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ The protocol and the candidates are `CONTESTS` in training/experiments.py. Every
 training/results/gap.csv; a killed run resumes, a line that is there is not run again.
 """
 
+import json
 import math
 import pathlib
 from collections.abc import Iterator
@@ -176,6 +177,28 @@ def picture(budget: str, results: pd.DataFrame) -> pathlib.Path:
     return plots.save(drawn, signals.FIGURES / f"gap_{budget.lower()}.png")
 
 
+def generalization(budget: str, results: pd.DataFrame) -> pathlib.Path:
+    """Who fits the training images, and who the others: runs of the whole budget with the first seed."""
+    contest = CONTESTS[budget]
+    recipe = recipe_of(contest.rows[0], contest.seeds[0], None)
+    others = [read(RESULTS / f"{name}.csv") for name in contest.known]
+    runs = pd.concat([results[results.budget == budget], *others], ignore_index=True)
+    build = runs.build.map(json.loads)
+    # What learned nothing has nothing to generalize; a small stem is another budget.
+    runs = runs[
+        (runs.recipe == contest.rows[0].recipe) & (runs.epochs == recipe.epochs) & (runs.seed == recipe.seed)
+        & (runs.val_accuracy > 0.1) & ~build.map(lambda options: "stem" in options)
+    ].drop_duplicates(["model", "build", "fingerprint"])  # fmt: skip
+    groups = runs.groupby([group(*at) for at in zip(runs.model, build[runs.index], strict=True)])
+    return plots.save(pictures.generalization(dict(list(groups))), signals.FIGURES / f"gap_{budget.lower()}_fit.png")
+
+
+def group(model: str, build: dict) -> str:
+    if model.startswith("bn_"):
+        return "BN, SiLU"
+    return "SELU" if build.get("activation", "selu" if model.startswith("sn") else "silu") == "selu" else "SiLU"
+
+
 def main(
     budget: str,
     data_dir: Annotated[str | None, typer.Option(help="of tensorflow-datasets; default: TFDS_DATA_DIR")] = None,
@@ -197,7 +220,8 @@ def main(
         print(markdown(budget, results))
         return
     if draw:
-        print(picture(budget, results) if len(results) else "nothing is measured yet")
+        for drawn in (picture, generalization) if len(results) else ():
+            print(drawn(budget, results))
         return
 
     def jobs() -> Iterator[tuple[str, Row, int]]:

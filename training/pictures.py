@@ -98,6 +98,26 @@ def contest(trials: pd.DataFrame, finals: pd.DataFrame, to_beat: str):
     return made
 
 
+@styled
+def generalization(groups: dict[str, pd.DataFrame]):
+    """Accuracy on the images that were trained on against that on validation, at the end; a point per run."""
+    made = new_figure(6.4, 4.6)
+    ax = made.subplots()
+    for colour, (group, runs) in zip(COLOURS, groups.items(), strict=False):
+        at = 100 * runs[["accuracy", "val_accuracy"]]
+        ax.plot(at.accuracy, at.val_accuracy, "o", color=colour, label=group)
+        for name, (x, y) in zip(runs.row, at.values, strict=True):
+            ax.annotate(name, (x, y), (4, -3), textcoords="offset points", fontsize=6, color="#555555")
+    ends = ax.get_xlim()
+    ax.plot(ends, ends, ":", color="#888888", zorder=0)
+    ax.set_ylim(top=100 * max(runs.val_accuracy.max() for runs in groups.values()) + 1)
+    ax.set_xlim(ends[0], ends[1] + 1)
+    ax.set_xlabel("training accuracy in the last epoch, %")
+    ax.set_ylabel("validation accuracy, %")
+    ax.legend(loc="upper left")
+    return made
+
+
 def draw(table: str, results: pd.DataFrame):
     """The picture of a table of training/experiments.py."""
     return {"small_batches": by_batch}.get(table, points)(TABLES[table], results)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from nfzoo import numerics
 from nfzoo.models.sites import Site, block_sites
 
-ADMITS = ("none", "bn", "gn", "sn", "nf", "snf", "fixup", "skipinit", "rescale", "eun")
+ADMITS = ("none", "bn", "gn", "sn", "nf", "pnf", "fixup", "skipinit", "rescale", "eun")
 DIALECTS = ("keras", "timm")
 PAPER = "https://arxiv.org/abs/1905.11946"
 

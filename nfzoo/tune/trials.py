@@ -82,7 +82,7 @@ _SIGNED: dict[pathlib.Path, list[str]] = {}  # what this process has signed up f
 
 def withdraw() -> None:
     """Take back what this process signed up for: it is about to end on purpose, not killed for its memory."""
-    for path, starts in _SIGNED.items():
+    for path, starts in list(_SIGNED.items()):  # another thread may end its trial meanwhile
         path.write_text("\n".join([*starts, ""]))
 
 

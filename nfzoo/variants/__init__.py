@@ -1,7 +1,7 @@
 """What a convolution, a normalization, a merge… *is*, per way of doing without (or with) normalization."""
 
 from nfzoo.variants.base import Variant
-from nfzoo.variants.free import NF, SN, SNF
+from nfzoo.variants.free import NF, PNF, SN
 from nfzoo.variants.normalized import BN, GN
 from nfzoo.variants.residual import EUN, Fixup, Rescale, SkipInit
 
@@ -11,11 +11,11 @@ VARIANTS: dict[str, type[Variant]] = {
     "gn": GN,
     "sn": SN,
     "nf": NF,
-    "snf": SNF,
+    "pnf": PNF,
     "fixup": Fixup,
     "skipinit": SkipInit,
     "rescale": Rescale,
     "eun": EUN,
 }
 
-__all__ = ["BN", "EUN", "GN", "NF", "SN", "SNF", "VARIANTS", "Fixup", "Rescale", "SkipInit", "Variant"]
+__all__ = ["BN", "EUN", "GN", "NF", "PNF", "SN", "VARIANTS", "Fixup", "Rescale", "SkipInit", "Variant"]

@@ -7,13 +7,13 @@ tests hold them equal.
 """
 
 from nfzoo.theory.words.base import Words
-from nfzoo.theory.words.free import NF, SN, SNF
+from nfzoo.theory.words.free import NF, PNF, SN
 from nfzoo.theory.words.normalized import BN, GN
 from nfzoo.theory.words.residual import EUN, Fixup, Rescale, SkipInit
 
 __all__ = ["WORDS", "Words"]
 
 WORDS: dict[str, type[Words]] = {
-    "none": Words, "bn": BN, "gn": GN, "sn": SN, "nf": NF, "snf": SNF,
+    "none": Words, "bn": BN, "gn": GN, "sn": SN, "nf": NF, "pnf": PNF,
     "fixup": Fixup, "skipinit": SkipInit, "rescale": Rescale, "eun": EUN,
 }  # fmt: skip

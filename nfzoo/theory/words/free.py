@@ -95,14 +95,12 @@ class NF(Words):
 
 
 @dataclass
-class SNF(NF):
-    """The branches of NF, open, with SELU and plain kernels."""
+class PNF(NF):
+    """The branches of NF, open, with plain kernels."""
 
-    activation: str | None = "selu"
-    alpha: float = 0.5
+    init: str = "he"
     skip_gain: float | None = 1.0
     standardize: bool = False
-    padding_compensation: bool = True
 
     @classmethod
     def conventions(cls, dialect: str) -> dict:
