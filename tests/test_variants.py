@@ -218,3 +218,19 @@ def test_pnf_is_nf_with_other_defaults():
         assert one.path == other.path
         np.testing.assert_array_equal(one, other)
     assert PNF.conventions("timm") == {}
+
+
+@pytest.mark.parametrize(
+    ("build", "dense", "depthwise"),
+    [({}, True, True), ({"standardize": False}, False, False), ({"standardize_depthwise": False}, True, False),
+     ({"standardize": False, "standardize_depthwise": True}, False, True)],
+)  # fmt: skip
+def test_which_kernels_nf_standardizes(build, dense, depthwise):
+    net = nfzoo.build("nf_test_efficientnet", **build)
+    found = {layer.name: hasattr(layer, "effective_kernel") for layer in net.layers if "_conv" in layer.name}
+    kinds = {name: isinstance(net.get_layer(name), keras.layers.DepthwiseConv2D) for name in found}
+    assert any(kinds.values()) and not all(kinds.values())
+    assert all(found[name] == (depthwise if kind else dense) for name, kind in kinds.items())
+    expected = nfzoo.theory.profile("nf_test_efficientnet", build)
+    effective = set(expected.layer[expected.kind == "effective_weight"])
+    assert effective == {f"{name}/kernel" for name, standardized in found.items() if standardized}

@@ -180,6 +180,7 @@ _SELU = {**_OPEN, "activation": "selu", "alpha": 0.5}
 _PLAIN = {**_SELU, "standardize": False}
 # Of SiLU He's initialisation keeps the mean square; what padding takes keeps it from growing over the blocks.
 _PLAIN_SILU = {"skip_gain": 1.0, "standardize": False, "init": "he"}
+_PLAIN_DEPTHWISE = {"skip_gain": 1.0, "standardize_depthwise": False}
 _DECAY = {"optimizer.weight_decay": 0.5, "optimizer.groups": [NO_DECAY.model_dump()]}
 
 CONTESTS: dict[str, Contest] = {
@@ -199,6 +200,12 @@ CONTESTS: dict[str, Contest] = {
             Row("NF, open, AGC 0.02", "nf_efficientnet_b0", changes={"agc": 0.02}, build=_OPEN),
             Row("NF, open, alpha 0.5", "nf_efficientnet_b0", build={**_OPEN, "alpha": 0.5}),
             Row("NF, open, SELU", "nf_efficientnet_b0", build=_SELU),
+            # Which of the kernels it is.
+            Row("NF, gain 1, plain depthwise", "nf_efficientnet_b0", build=_PLAIN_DEPTHWISE),
+            Row(
+                "NF, gain 1, plain but depthwise", "nf_efficientnet_b0",
+                build={**_PLAIN_SILU, "standardize_depthwise": True},
+            ),
             Row("NF, gain 1, plain", "nf_efficientnet_b0", build=_PLAIN_SILU),
             Row("NF, gain 1, plain, alpha 0.5", "nf_efficientnet_b0", build={**_PLAIN_SILU, "alpha": 0.5}),
             Row("NF, open, plain SELU", "nf_efficientnet_b0", build=_PLAIN),

@@ -8,7 +8,9 @@ A row is done when its line (same model, build, recipe fingerprint and seed) is 
 """
 
 import datetime
+import functools
 import json
+import operator
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -55,14 +57,19 @@ def lines_of_row(results: pd.DataFrame, row: Row) -> pd.DataFrame:
         return results
     resolved = engine.options(row.model, recipe_of(row, 0, None), row.build)
     key = [row.name, row.model, json.dumps(resolved["build"], sort_keys=True), resolved["fingerprint"]]
-    return results[(results[KEY[:-1]].astype(str) == key).all(axis=1)]
+    return results[_equal(results, key)]
 
 
 def lines_of(results: pd.DataFrame, row: Row, seed: int, recipe: recipes.Recipe) -> pd.Series:
     """Which lines of a CSV are those of this run."""
     resolved = engine.options(row.model, recipe, row.build)
     key = [row.name, row.model, json.dumps(resolved["build"], sort_keys=True), resolved["fingerprint"], seed]
-    return (results[KEY].astype(str) == list(map(str, key))).all(axis=1)
+    return _equal(results, key)
+
+
+def _equal(results: pd.DataFrame, key: list) -> pd.Series:
+    """Which lines have these values in the first columns of the key."""
+    return functools.reduce(operator.and_, (results[c].astype(str) == str(v) for c, v in zip(KEY, key, strict=False)))
 
 
 def folder_of(runs: pathlib.Path, row: Row, *parts) -> pathlib.Path:

@@ -274,7 +274,11 @@ def eunnet_tables(signals: pd.DataFrame) -> str:
 
 
 # ------------------------------------------------------------ residual branches, docs/closing-the-gap.md
-SIDE_BY_SIDE = ("BN", "SN, MP", "NF, AGC 0.01")
+SIDE_BY_SIDE = ("BN", "SN, MP", "NF, gain 1, plain")
+BRANCHES = (
+    *SIDE_BY_SIDE, "NF, AGC 0.01", "NF, no AGC", "NF, AGC 0.01, small stem", "BN, small stem", "GN", "SkipInit",
+    "no BN, He by fan-in",
+)  # fmt: skip
 
 
 def keep_blocks(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
@@ -301,16 +305,18 @@ def branch_share(signals: pd.DataFrame) -> pd.DataFrame:
 
 
 def gap_figures(signals: pd.DataFrame) -> dict[str, Figure]:
-    shown = {name: log for name, log in split(signals).items() if name in SIDE_BY_SIDE}
+    logs = split(signals)
+    shares = branch_share(pd.concat([logs[name] for name in BRANCHES if name in logs]))
+    order = {name: place for place, name in enumerate(BRANCHES)}
     return {
-        "gap_branches": pictures.branches(branch_share(signals)),
-        "gap_signals": plots.signal_propagation(shown),
+        "gap_branches": pictures.branches(shares.sort_values("row", key=lambda names: names.map(order), kind="stable")),
+        "gap_signals": plots.signal_propagation({name: logs[name] for name in SIDE_BY_SIDE if name in logs}),
     }
 
 
 def gap_tables(signals: pd.DataFrame) -> str:
     """Median over the residual blocks of a stage, at some epochs."""
-    shares = branch_share(signals).assign(stage=lambda t: t.block.str.split("_").str[0])
+    shares = branch_share(signals[signals.row.isin(BRANCHES)]).assign(stage=lambda t: t.block.str.split("_").str[0])
     stages = sorted(shares.stage.unique())
     lines = [f"| network | epoch | {' | '.join(stages)} |", "| --- | --- |" + " --- |" * len(stages)]
     medians = shares.groupby(["row", "epoch", "stage"]).share.median().unstack()[stages]

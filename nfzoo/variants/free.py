@@ -81,6 +81,8 @@ class NF(Variant):
         epsilon, epsilon_mode: of the weight standardization, see `nfzoo.layers.standardize`.
         standardize: False takes plain kernels and unscaled activations: with init="he", the network of the NF-ResNet
             paper's Figure 2 whose mean drifts away.
+        standardize_depthwise: whether depthwise kernels are standardized; None: as the others. A kernel without a mean
+            takes away that of its map, of which a depthwise convolution has no other.
 
     References: NF-ResNet paper (arXiv 2101.08692), sections 3 and 4; NFNet paper (arXiv 2102.06171), section 3.
     """
@@ -94,6 +96,7 @@ class NF(Variant):
     epsilon: float = 1e-4
     epsilon_mode: str = "clamp"
     standardize: bool = True
+    standardize_depthwise: bool | None = None
 
     def __post_init__(self):
         if self.gamma_in not in ("activation", "kernel"):
@@ -117,7 +120,8 @@ class NF(Variant):
         return ScaledStdConv2D(filters, kernel, gain=gain, **self._standardization(), **options)
 
     def depthwise_layer(self, kernel: int, **options) -> keras.Layer:
-        if not self.standardize:
+        wanted = self.standardize if self.standardize_depthwise is None else self.standardize_depthwise
+        if not wanted:
             return super().depthwise_layer(kernel, **options)
         return ScaledStdDepthwiseConv2D(kernel, **self._standardization(), **options)
 
@@ -148,8 +152,8 @@ class NF(Variant):
 class PNF(NF):
     """Plain kernels from He's initialisation in place of standardized ones, and branches that are open from the start.
 
-    A standardized kernel changes its scale by its gain alone, a step of the learning rate at a time; a plain one learns
-    faster. Nothing but the initialisation holds the variance then. Over the depth of B0 it is expected to grow to some
+    A standardized kernel sums to zero. A depthwise one takes away the mean of its map by that, the only one that it
+    sees, and a network of them learns slowly. Nothing but the initialisation holds the variance then. Over the depth of B0 it is expected to grow to some
     300 at 224 pixels; at 32 it stays between 1 and 5 with the small stem and falls to a thousandth with the large one;
     single draws of the weights lie a hundredfold apart.
 

@@ -63,6 +63,7 @@ class NF(Words):
     epsilon: float = 1e-4
     epsilon_mode: str = "clamp"
     standardize: bool = True
+    standardize_depthwise: bool | None = None
 
     @classmethod
     def conventions(cls, dialect: str) -> dict:
@@ -71,7 +72,15 @@ class NF(Words):
         return {"epsilon": 1e-5, "epsilon_mode": "add", "gamma_in": "kernel", "skip_gain": None, "last_gain": 0.0}
 
     def conv(self, x, filters: int, kernel: int, site: Site, strides=1, groups=1, padding="same"):
-        if not self.standardize:
+        return self._conv(self.standardize, x, filters, kernel, site, strides, groups, padding)
+
+    def depthwise(self, x, kernel: int, site: Site, strides=1, padding="same"):
+        wanted, channels = self.standardize_depthwise, x.shape[-1]
+        wanted = self.standardize if wanted is None else wanted
+        return self._conv(wanted, x, channels, kernel, site, strides, channels, padding)
+
+    def _conv(self, standardize: bool, x, filters, kernel, site: Site, strides, groups, padding):
+        if not standardize:
             return super().conv(x, filters, kernel, site, strides, groups, padding)
         raw = self.std(site, kernel**2, x.shape[-1], filters, groups) ** 2
         gamma = numerics.gamma(self.activation) if self.gamma_in == "kernel" else 1.0
