@@ -137,6 +137,7 @@ TABLES: dict[str, list[Row]] = {
         Row("Fixup", "fixup_efficientnet_b0"),
         Row("SN, MP, standardized kernels", "sn_efficientnet_b0", build={"standardize": True}),
         Row("no BN, He by fan-in", "none_efficientnet_b0", build={"init": "he"}),
+        Row("BN, rate 0.002", "bn_efficientnet_b0", changes={"optimizer.learning_rate": 2e-3}),
         Row("BN, small stem", "bn_efficientnet_b0", build={"stem": "small"}),
         Row("NF, AGC 0.01, small stem", "nf_efficientnet_b0", changes={"agc": 0.01}, build={"stem": "small"}),
     ],
@@ -207,6 +208,10 @@ CONTESTS: dict[str, Contest] = {
                 build={**_PLAIN_SILU, "standardize_depthwise": True},
             ),
             Row("NF, gain 1, plain", "nf_efficientnet_b0", build=_PLAIN_SILU),
+            Row(
+                "NF, gain 1, plain, stochastic depth", "nf_efficientnet_b0",
+                build={**_PLAIN_SILU, "drop_path_rate": 0.2},
+            ),
             Row("NF, gain 1, plain, alpha 0.5", "nf_efficientnet_b0", build={**_PLAIN_SILU, "alpha": 0.5}),
             Row("NF, open, plain SELU", "nf_efficientnet_b0", build=_PLAIN),
             Row(
