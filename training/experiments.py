@@ -137,7 +137,7 @@ TABLES: dict[str, list[Row]] = {
         Row("Fixup", "fixup_efficientnet_b0"),
         Row("SN, MP, standardized kernels", "sn_efficientnet_b0", build={"standardize": True}),
         Row("no BN, He by fan-in", "none_efficientnet_b0", build={"init": "he"}),
-        Row("BN, rate 0.002", "bn_efficientnet_b0", changes={"optimizer.learning_rate": 2e-3}),
+        Row("BN, lr 0.002", "bn_efficientnet_b0", changes={"optimizer.learning_rate": 2e-3}),
         Row("BN, small stem", "bn_efficientnet_b0", build={"stem": "small"}),
         Row("NF, AGC 0.01, small stem", "nf_efficientnet_b0", changes={"agc": 0.01}, build={"stem": "small"}),
     ],
