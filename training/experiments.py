@@ -201,12 +201,7 @@ CONTESTS: dict[str, Contest] = {
             Row("NF, open, AGC 0.02", "nf_efficientnet_b0", changes={"agc": 0.02}, build=_OPEN),
             Row("NF, open, alpha 0.5", "nf_efficientnet_b0", build={**_OPEN, "alpha": 0.5}),
             Row("NF, open, SELU", "nf_efficientnet_b0", build=_SELU),
-            # Which of the kernels it is.
             Row("NF, gain 1, plain depthwise", "nf_efficientnet_b0", build=_PLAIN_DEPTHWISE),
-            Row(
-                "NF, gain 1, plain but depthwise", "nf_efficientnet_b0",
-                build={**_PLAIN_SILU, "standardize_depthwise": True},
-            ),
             Row("NF, gain 1, plain", "nf_efficientnet_b0", build=_PLAIN_SILU),
             Row(
                 "NF, gain 1, plain, stochastic depth", "nf_efficientnet_b0",
