@@ -150,22 +150,19 @@ class NF(Variant):
 
 @dataclass(frozen=True)
 class PNF(NF):
-    """Plain kernels from He's initialisation in place of standardized ones, and branches that are open from the start.
+    """NF with plain depthwise kernels, and branches that are open from the start.
 
     A standardized kernel sums to zero. A depthwise one takes away the mean of its map by that, the only one that it
-    sees, and a network of them learns slowly. Nothing but the initialisation holds the variance then. Over the depth of B0 it is expected to grow to some
-    300 at 224 pixels; at 32 it stays between 1 and 5 with the small stem and falls to a thousandth with the large one;
-    single draws of the weights lie a hundredfold apart.
+    sees, and a network of them learns slowly; LeCun's initialisation alone starts it at the same variance.
 
     Attributes:
-        init, skip_gain, standardize: as of `NF`, with other defaults.
+        skip_gain, standardize_depthwise: as of `NF`, with other defaults.
 
-    References: ours (docs/closing-the-gap.md), from NF-ResNet (arXiv 2101.08692) and He et al. 2015 (arXiv 1502.01852).
+    References: ours (docs/closing-the-gap.md), from NF-ResNet (arXiv 2101.08692).
     """
 
-    init: str = "he"
     skip_gain: float | None = 1.0
-    standardize: bool = False
+    standardize_depthwise: bool | None = False
 
     @classmethod
     def conventions(cls, dialect: str) -> dict:

@@ -105,11 +105,10 @@ class NF(Words):
 
 @dataclass
 class PNF(NF):
-    """The branches of NF, open, with plain kernels."""
+    """The branches of NF, open, with plain depthwise kernels."""
 
-    init: str = "he"
     skip_gain: float | None = 1.0
-    standardize: bool = False
+    standardize_depthwise: bool | None = False
 
     @classmethod
     def conventions(cls, dialect: str) -> dict:
