@@ -276,8 +276,8 @@ def eunnet_tables(signals: pd.DataFrame) -> str:
 # ------------------------------------------------------------ residual branches, docs/closing-the-gap.md
 SIDE_BY_SIDE = ("BN", "SN, MP", "NF, gain 1, plain depthwise")
 BRANCHES = (
-    *SIDE_BY_SIDE, "NF, gain 1, plain", "NF, AGC 0.01", "NF, no AGC", "NF, AGC 0.01, small stem", "BN, small stem", "GN",
-    "SkipInit", "no BN, He by fan-in",
+    *SIDE_BY_SIDE, "NF, gain 1, plain", "NF, AGC 0.01", "NF, no AGC", "NF, AGC 0.01, small stem", "BN, small stem",
+    "GN", "SkipInit", "no BN, He by fan-in",
 )  # fmt: skip
 
 
