@@ -202,6 +202,10 @@ CONTESTS: dict[str, Contest] = {
             Row("NF, open, alpha 0.5", "nf_efficientnet_b0", build={**_OPEN, "alpha": 0.5}),
             Row("NF, open, SELU", "nf_efficientnet_b0", build=_SELU),
             Row("NF, gain 1, plain depthwise", "nf_efficientnet_b0", build=_PLAIN_DEPTHWISE),
+            Row(
+                "NF, gain 1, plain depthwise, stochastic depth", "nf_efficientnet_b0",
+                build={**_PLAIN_DEPTHWISE, "drop_path_rate": 0.2},
+            ),
             Row("NF, gain 1, plain", "nf_efficientnet_b0", build=_PLAIN_SILU),
             Row(
                 "NF, gain 1, plain, stochastic depth", "nf_efficientnet_b0",
