@@ -63,7 +63,7 @@ def test_output_is_finite_and_every_variable_has_a_gradient(tiny):
 
 # The others with the slow tests.
 SAVED = ("gn_test_nfnet", "sn_test_efficientnet", "rescale_test_efficientnet", "eun_test_resnet", "nf_test_regnet")
-SOME = ("bn_test_resnet", "sn_test_resnet", "nf_test_resnet")
+SOME = ("bn_test_resnet", "nf_test_resnet")
 
 
 @pytest.mark.parametrize("name", slow_but(SOME, TINY))
