@@ -189,6 +189,8 @@ def generalization(budget: str, results: pd.DataFrame) -> pathlib.Path:
         (runs.recipe == contest.rows[0].recipe) & (runs.epochs == recipe.epochs) & (runs.seed == recipe.seed)
         & (runs.val_accuracy > 0.1) & ~build.map(lambda options: "stem" in options)
     ].drop_duplicates(["model", "build", "fingerprint"])  # fmt: skip
+    twice = runs.duplicated("row", keep=False)  # at two learning rates
+    runs = runs.assign(row=runs.row.where(~twice, runs.row + ", lr " + runs.learning_rate.map("{:g}".format)))
     groups = runs.groupby([group(*at) for at in zip(runs.model, build[runs.index], strict=True)])
     return plots.save(pictures.generalization(dict(list(groups))), signals.FIGURES / f"gap_{budget.lower()}_fit.png")
 
@@ -222,6 +224,8 @@ def main(
     if draw:
         for drawn in (picture, generalization) if len(results) else ():
             print(drawn(budget, results))
+        if not len(results):
+            print("nothing is measured yet")
         return
 
     def jobs() -> Iterator[tuple[str, Row, int]]:

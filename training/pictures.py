@@ -101,7 +101,7 @@ def contest(trials: pd.DataFrame, finals: pd.DataFrame, to_beat: str):
 @styled
 def generalization(groups: dict[str, pd.DataFrame]):
     """Accuracy on the images that were trained on against that on validation, at the end; a point per run."""
-    made = new_figure(6.4, 4.6)
+    made = new_figure(8.4, 5.6)
     ax = made.subplots()
     for colour, (group, runs) in zip(COLOURS, groups.items(), strict=False):
         at = 100 * runs[["accuracy", "val_accuracy"]]
