@@ -1,5 +1,6 @@
 """Pictures of the tables of training/results; a function each, of a CSV's lines."""
 
+import math
 import textwrap
 
 import pandas as pd
@@ -57,9 +58,13 @@ def by_batch(rows: list[Row], results: pd.DataFrame):
 def branches(shares: pd.DataFrame):
     """How much a block's output owes to its branch, by block and epoch, a panel per network: dark is dead."""
     rows, blocks = list(dict.fromkeys(shares.row)), sorted(shares.block.unique())
-    made = new_figure(1.8 + 1.45 * len(rows), 0.9 + 0.22 * len(blocks))
-    axes = made.subplots(1, len(rows), squeeze=False, sharex=True, sharey=True)[0]
-    for ax, row in zip(axes, rows, strict=True):
+    across = min(len(rows), 6)  # more would be too small to read on a page
+    down = math.ceil(len(rows) / across)
+    made = new_figure(1.8 + 1.45 * across, down * (0.9 + 0.22 * len(blocks)))
+    axes = made.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+    for ax in axes[len(rows) :]:
+        ax.set_axis_off()
+    for ax, row in zip(axes, rows, strict=False):
         grid = shares[shares.row == row].pivot(index="block", columns="epoch", values="share").reindex(blocks)
         mesh = ax.pcolormesh(
             grid.columns, range(len(blocks)), grid, cmap=SEQUENCE, norm=LogNorm(1e-4, 1, clip=True), shading="nearest"
