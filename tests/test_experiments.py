@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 from rich.console import Console
 
 import nfzoo
@@ -246,7 +247,7 @@ def test_of_several_to_beat_the_best_on_validation_is_the_one(results, contest, 
     tests = iter((0.50, 0.50, 0.60, 0.60, 0.57, 0.57))
 
     def train(budget, stage, row, seed, *_):
-        return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=reached[row.name])}
+        return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=reached[row.name], epochs=1)}
 
     monkeypatch.setattr(gap, "train", train)
     monkeypatch.setattr(engine, "evaluate", lambda folder: {"accuracy": next(tests), "loss": 1.0})
@@ -255,6 +256,11 @@ def test_of_several_to_beat_the_best_on_validation_is_the_one(results, contest, 
     assert "by seed, less selu |" in shown
     assert "| **tanh** | 0.001 | 40.0 | 40.0 ± 0.0 | 57.0 ± 0.0 | -3.0, -3.0 |" in shown
     assert "| relu | 0.001 | 20.0 | 20.0 ± 0.0 | 50.0 ± 0.0 | -10.0, -10.0 |" in shown
+    drawn, draw = [], gap.pictures.contest
+    monkeypatch.setattr(gap.pictures, "contest", lambda *given: drawn.append(given) or draw(*given))
+    monkeypatch.setattr(signals, "FIGURES", results)
+    gap.picture("tiny", pd.read_csv(results / "gap.csv"))
+    assert [found.row.nunique() for found in drawn[0][:2]] == [4, 3] and drawn[0][2] == "selu"
 
 
 def test_a_final_that_another_table_holds_is_not_run_again(results, contest, monkeypatch):
@@ -290,6 +296,25 @@ def test_a_contest_is_drawn_as_far_as_it_is(results, contest, monkeypatch):
     ]  # fmt: skip
     drawn = gap.picture("tiny", pd.DataFrame(tried))
     assert drawn == results / "gap_tiny.png" and drawn.stat().st_size > 1000
+
+
+def test_only_what_is_measured_is_drawn(results, contest, monkeypatch):
+    monkeypatch.setattr(signals, "FIGURES", results)
+    reproduce.add(results / "gap.csv", {"budget": "another", **_trained(contest.rows[0], 0)})
+    with pytest.raises(typer.BadParameter, match="Expected runs of budget tiny.*nothing is measured"):
+        gap.main("tiny", draw=True)
+    # Mixed images have no training accuracy to compare with.
+    mixed = [replace(row, changes={**row.changes, "augment.mixup": 0.2}) for row in contest.rows]
+    for rows, pictures in ((mixed, ["gap_tiny.png"]), (contest.rows, ["gap_tiny.png", "gap_tiny_fit.png"])):
+        made = replace(contest, rows=rows)
+        monkeypatch.setitem(experiments.CONTESTS, "tiny", made)
+        reached = {"epochs": 8, "recipe": "demo", "accuracy": 0.5, "val_accuracy": 0.4}
+        runs = [_trained(gap.trials(made, rows[0])[0], 0, **reached), _trained(rows[1], 0, **reached)]
+        pd.DataFrame(runs).assign(budget="tiny").to_csv(results / "gap.csv", index=False)
+        for old in results.glob("*.png"):
+            old.unlink()
+        gap.main("tiny", draw=True)
+        assert sorted(path.name for path in results.glob("*.png")) == pictures
 
 
 def test_who_generalizes_is_drawn_of_whole_runs_of_the_budget(results, contest, monkeypatch):

@@ -53,6 +53,7 @@ class Contest:
     finalists: int = 6
     seeds: tuple[int, ...] = (868, 67, 472)
     known: tuple[str, ...] = ()
+    taps: str | None = "blocks"  # whose signals the semifinals keep
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ _PLAIN = {**_SELU, "standardize": False}
 # Of SiLU He's initialisation keeps the mean square; what padding takes keeps it from growing over the blocks.
 _PLAIN_SILU = {"skip_gain": 1.0, "standardize": False, "init": "he"}
 _PLAIN_DEPTHWISE = {"skip_gain": 1.0, "standardize_depthwise": False}
+_BUDGET_B = {"recipe": "cifar", "changes": {"epochs": 8}}
 _DECAY = {"optimizer.weight_decay": 0.5, "optimizer.groups": [NO_DECAY.model_dump()]}
 
 CONTESTS: dict[str, Contest] = {
@@ -221,6 +223,21 @@ CONTESTS: dict[str, Contest] = {
         ],
         to_beat=2,
         known=("poster_table1",),
+    ),
+    # Good practice at 32 pixels (nfzoo.recipes): no stride in the stem, warm-up and cosine, mixup, label smoothing,
+    # stochastic depth, decoupled weight decay, a moving average; as many epochs as a CPU has time for. BN and the two
+    # networks that are best on validation after A's semifinals; stochastic depth comes with the recipe, for all.
+    "B": Contest(
+        [
+            Row("BN", "bn_efficientnet_b0", **_BUDGET_B),
+            Row("NF, gain 1, plain depthwise", "pnf_efficientnet_b0", **_BUDGET_B),
+            Row("NF, gain 1, plain", "nf_efficientnet_b0", build=_PLAIN_SILU, **_BUDGET_B),
+        ],
+        rates=(1e-3, 2e-3, 4e-3),
+        trial_epochs=3,
+        semifinalists=2,
+        finalists=2,
+        taps=None,
     ),
 }  # fmt: skip
 

@@ -121,12 +121,25 @@ def train(budget: str, stage: str, row: Row, seed: int, data_dir: str | None, ru
     console.print(f"[bold]{row.name}[/], {stage}, lr {rate:g}, seed {seed}")
     folder = folder_of(runs / budget, row, stage, f"{rate:g}", seed)
     # Signals of the finals over training are the evidence of docs/closing-the-gap.md.
-    taps = "blocks" if stage == "final" and seed == CONTESTS[budget].seeds[0] else None
+    taps = CONTESTS[budget].taps if stage == "final" and seed == CONTESTS[budget].seeds[0] else None
     options = {"overrides": row.build, "taps": taps, "keep_model": stage == "final", "test": False}
     metrics = engine.run(row.model, recipe, folder, console=console, **options)
     if taps:
         signals.add_signals("gap", row.name, seed, signals.keep_blocks(row, seed, folder))
     return {"budget": budget, "stage": stage, **line(row, seed, recipe, metrics, folder)}
+
+
+def standings(contest: Contest, results: pd.DataFrame) -> dict[str, float]:
+    """Finalist -> validation accuracy over its finals; nobody before all are run and tested."""
+    if any(due(contest, results)) or unread(contest, results):
+        return {}
+    runs = {row.name: [lines(results, row, seed) for seed in contest.seeds] for row in finals(contest, results)}
+    return {name: validation(pd.concat(found)) for name, found in runs.items()}
+
+
+def to_beat(contest: Contest, final: dict[str, float]) -> str:
+    """Of those to beat the best on validation, the first as long as nobody knows."""
+    return max((row.name for row in contest.rows[: contest.to_beat]), key=lambda name: final.get(name, 0.0))
 
 
 def markdown(budget: str, results: pd.DataFrame) -> str:
@@ -135,18 +148,16 @@ def markdown(budget: str, results: pd.DataFrame) -> str:
     What the contest claims is the row in bold: best on validation over all finals, not on the test split.
     """
     contest = CONTESTS[budget]
-    over = not any(due(contest, results)) and not unread(contest, results)
+    final = standings(contest, results)
     ended = {
         row.name: pd.concat([lines(results, row, seed) for seed in contest.seeds]).set_index("seed")
         for row in semifinals(contest, results)
     }
-    asked = [row.name for row in contest.rows[: contest.to_beat]]
-    final = {row.name: validation(ended[row.name]) for row in finals(contest, results)} if over else {}
-    to_beat = max(asked, key=final.get) if over else asked[0]
+    asked, rival = [row.name for row in contest.rows[: contest.to_beat]], to_beat(contest, final)
     claimed = max(final.keys() - set(asked), key=final.get, default=None)
     text = [
         f"| candidate | best rate | validation % after {contest.trial_epochs} epochs | at the end | test accuracy % | "
-        f"by seed, less {to_beat} |",
+        f"by seed, less {rival} |",
         "| --- |" + " --- |" * 5,
     ]
     for name, (rate, early) in verdicts(contest, results).items():
@@ -155,8 +166,8 @@ def markdown(budget: str, results: pd.DataFrame) -> str:
         if name in final:
             lost = (runs.status != "complete").sum()
             cells[1] = spread(runs.test_accuracy) + (f", {lost} diverged" if lost else "")
-            paired = 100 * (runs.test_accuracy - ended[to_beat].test_accuracy).dropna()
-            cells[2] = ", ".join(f"{x:+.1f}" for x in paired) if name != to_beat else ""
+            paired = 100 * (runs.test_accuracy - ended[rival].test_accuracy).dropna()
+            cells[2] = ", ".join(f"{x:+.1f}" for x in paired) if name != rival else ""
         shown = f"**{name}**" if name == claimed else name
         text.append(f"| {shown} | {rate:g} | {100 * early:.1f} | {' | '.join(cells)} |")
     return "\n".join(text)
@@ -173,7 +184,8 @@ def picture(budget: str, results: pd.DataFrame) -> pathlib.Path:
     contest = CONTESTS[budget]
     tried = [lines(results, t, contest.seeds[0]) for row in contest.rows for t in trials(contest, row)]
     tested = [lines(results, row, seed) for row in finals(contest, results) for seed in contest.seeds]
-    drawn = pictures.contest(*(pd.concat([results.head(0), *found]) for found in (tried, tested)), contest.rows[0].name)
+    both = [pd.concat([results.head(0), *found]) for found in (tried, tested)]
+    drawn = pictures.contest(*both, to_beat(contest, standings(contest, results)))
     return plots.save(drawn, signals.FIGURES / f"gap_{budget.lower()}.png")
 
 
@@ -222,10 +234,11 @@ def main(
         print(markdown(budget, results))
         return
     if draw:
-        for drawn in (picture, generalization) if len(results) else ():
+        if not (results.get("budget") == budget).any():
+            raise typer.BadParameter(f"Expected runs of budget {budget}. Received: none, nothing is measured yet")
+        mixed = recipe_of(contest.rows[0], 0, None).augment.mixup  # mixed images have no accuracy to compare with
+        for drawn in (picture,) if mixed else (picture, generalization):
             print(drawn(budget, results))
-        if not len(results):
-            print("nothing is measured yet")
         return
 
     def jobs() -> Iterator[tuple[str, Row, int]]:

@@ -127,6 +127,7 @@ TABLES = {
     "beginnings": _races("import|build_.*"),
     "certify": _certificates,
     "gap_a": _contest("A"),
+    "gap_b": _contest("B"),
     "gap_branches": _branches,
     "int8": _int8,
     "latency": _races("(latency|exported)_.*"),
