@@ -142,8 +142,8 @@ def to_beat(contest: Contest, final: dict[str, float]) -> str:
     return max((row.name for row in contest.rows[: contest.to_beat]), key=lambda name: final.get(name, 0.0))
 
 
-def markdown(budget: str, results: pd.DataFrame) -> str:
-    """Every candidate: best learning rate, validation after its trial and at the end, test where it is read.
+def markdown(budget: str, results: pd.DataFrame, finalists: bool = False) -> str:
+    """Every candidate, or only `finalists`: best learning rate, validation after its trial and at the end, test.
 
     What the contest claims is the row in bold: best on validation over all finals, not on the test split.
     """
@@ -160,7 +160,8 @@ def markdown(budget: str, results: pd.DataFrame) -> str:
         f"by seed, less {rival} |",
         "| --- |" + " --- |" * 5,
     ]
-    for name, (rate, early) in verdicts(contest, results).items():
+    shown = {name: at for name, at in verdicts(contest, results).items() if name in final or not finalists}
+    for name, (rate, early) in shown.items():
         runs = ended.get(name, results.head(0))
         cells = [spread(runs.val_accuracy) if len(runs) else "", "", ""]
         if name in final:
@@ -168,8 +169,8 @@ def markdown(budget: str, results: pd.DataFrame) -> str:
             cells[1] = spread(runs.test_accuracy) + (f", {lost} diverged" if lost else "")
             paired = 100 * (runs.test_accuracy - ended[rival].test_accuracy).dropna()
             cells[2] = ", ".join(f"{x:+.1f}" for x in paired) if name != rival else ""
-        shown = f"**{name}**" if name == claimed else name
-        text.append(f"| {shown} | {rate:g} | {100 * early:.1f} | {' | '.join(cells)} |")
+        title = f"**{name}**" if name == claimed else name
+        text.append(f"| {title} | {rate:g} | {100 * early:.1f} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 

@@ -59,11 +59,11 @@ def _reproduced(name: str):
     return table
 
 
-def _contest(budget: str):
+def _contest(budget: str, finalists: bool = False):
     def table() -> str:
         import gap
 
-        return gap.markdown(budget, pd.read_csv(RESULTS / "gap.csv"))
+        return gap.markdown(budget, pd.read_csv(RESULTS / "gap.csv"), finalists)
 
     return table
 
@@ -127,6 +127,7 @@ TABLES = {
     "beginnings": _races("import|build_.*"),
     "certify": _certificates,
     "gap_a": _contest("A"),
+    "gap_a_finals": _contest("A", finalists=True),
     "gap_b": _contest("B"),
     "gap_branches": _branches,
     "int8": _int8,
