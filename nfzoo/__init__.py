@@ -37,6 +37,7 @@ _MODULES = (
     "engine",
     "export",
     "layers",
+    "memory",
     "numerics",
     "optimizers",
     "plots",

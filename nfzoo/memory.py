@@ -1,6 +1,7 @@
 """What a training step keeps between the forward and the backward pass, counted from the graph of a model."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import keras
@@ -52,7 +53,7 @@ class Memory:
 
 
 def stored(model: keras.Model, bytes_per_number: int = 4) -> Memory:
-    """Count the activations that training keeps, from the layers' shapes.
+    """Count the activations that training keeps, from the layers' shapes, those of nested models too.
 
     It is the least that a framework without rematerialization keeps: kernels' own scratch memory comes on top, and so
     does what an executor has not freed yet. A layer of a kind that is not known counts with inputs and output.
@@ -75,7 +76,7 @@ def stored(model: keras.Model, bytes_per_number: int = 4) -> Memory:
     source: dict[int, int] = {}  # tensor -> the tensor that it is the same as
     kept: dict[int, int] = {}
     outputs = 0
-    for layer in model.layers:
+    for layer in _layers(model, source):
         given, made = keras.tree.flatten(layer.input), keras.tree.flatten(layer.output)
         if isinstance(layer, _SAME) or _is_linear(layer) or _drops_nothing(layer):
             source |= {id(made[0]): source.get(id(given[0]), id(given[0]))}
@@ -87,6 +88,20 @@ def stored(model: keras.Model, bytes_per_number: int = 4) -> Memory:
             kept[source.get(id(tensor), id(tensor))] = _numbers(tensor)
     numbers = sum(math.prod(v.shape) for v in model.weights)
     return Memory(*(bytes_per_number * n for n in (sum(kept.values()), outputs, numbers)))
+
+
+def _layers(model: keras.Model, source: dict[int, int]) -> Iterator[keras.Layer]:
+    """The layers of a model and of those in it, whose inputs and outputs are entered as the tensors that they are."""
+    for layer in model.layers:
+        if not isinstance(layer, keras.Model):
+            yield layer
+            continue
+        call = layer._inbound_nodes[0]
+        inside, outside = map(keras.tree.flatten, (layer.inputs, call.input_tensors))
+        source |= {id(a): source.get(id(b), id(b)) for a, b in zip(inside, outside, strict=True)}
+        yield from _layers(layer, source)
+        inside, outside = map(keras.tree.flatten, (layer.outputs, call.output_tensors))
+        source |= {id(b): source.get(id(a), id(a)) for a, b in zip(inside, outside, strict=True)}
 
 
 def _read_again(layer: keras.Layer, given: list, made: list) -> list:
@@ -104,15 +119,22 @@ def _read_again(layer: keras.Layer, given: list, made: list) -> list:
     if isinstance(layer, _BOTH):
         return [*given, *made]
     if isinstance(layer, _INPUTS):
-        return given
+        return [*given, *made] if _activated(layer) and _by_value(layer) else given
     return [] if isinstance(layer, _NOTHING) else [*given, *made]
 
 
 def _hides(layer: keras.Layer) -> bool:
-    """Whether what is kept is a tensor within the layer: a value before its constant factor, a map less its mean."""
+    """Whether what is kept is a tensor within the layer: before a factor or an activation, or less its mean."""
     if isinstance(layer, StandardizeInput):
         return layer.statistics != "channel_l2"
+    if isinstance(layer, _INPUTS):
+        return _activated(layer) and not _by_value(layer)
     return isinstance(layer, ScaledActivation) and _by_value(layer)
+
+
+def _activated(layer: keras.Layer) -> bool:
+    """Whether a layer with weights applies an activation as well."""
+    return getattr(layer, "activation", None) not in (None, keras.activations.linear)
 
 
 def _by_value(layer: keras.Layer) -> bool:

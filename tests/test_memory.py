@@ -24,6 +24,24 @@ def test_by_hand():
     assert memory.stored(keras.Model(x, z), 2).kept == found.kept / 2
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_a_network_in_another_and_activations_in_layers_count_alike(activation):
+    def network(fused, nested):
+        image = x = keras.Input((8, 8, 2))
+        for filters in (4, 6):
+            x = layers.Conv2D(filters, 3, activation=activation if fused else None)(x)
+            x = x if fused else layers.Activation(activation)(x)
+        if not nested:
+            return keras.Model(image, layers.Dense(3)(layers.Flatten()(layers.Activation("tanh")(x))))
+        outer, body = keras.Input((8, 8, 2)), keras.Model(image, layers.Activation("tanh")(x))
+        return keras.Model(outer, layers.Dense(3)(layers.Flatten()(body(layers.Identity()(outer)))))
+
+    plain = memory.stored(network(False, False)).kept
+    assert plain > 4 * (128 + 144 + 96)
+    for fused, nested in ((False, True), (True, False), (True, True)):
+        assert memory.stored(network(fused, nested)).kept == plain
+
+
 def test_batch_normalization_keeps_what_its_twins_do_not():
     kept = {
         name: memory.stored(nfzoo.build(f"{name}_resnet26", input_shape=(64, 64, 3))).kept

@@ -54,7 +54,7 @@ def test_all_is_sorted_and_resolves():
 def test_what_is_public():
     assert nfzoo.__all__ == [
         "AGC", "NFModel", "SignalPropagation", "agc", "alarms", "augment", "build", "certify", "convert", "data",
-        "doctor", "engine", "export", "fold", "layers", "list_models", "model_info", "numerics", "optimizers",
+        "doctor", "engine", "export", "fold", "layers", "list_models", "memory", "model_info", "numerics", "optimizers",
         "plots", "recipes", "register_model", "report", "schedules", "set_head", "spp", "theory", "tune", "weights",
     ]  # fmt: skip
 
