@@ -357,3 +357,17 @@ def test_a_diverged_run_shows_gaps_and_its_alarm(chromium, tmp_path):
     assert "lost: 3 of 6 layers are not finite" in page.find("profile-note").text
     card = page.browser.find_element("css selector", ".card")
     assert "diverged" in card.text and "NaN origin" in card.text and page.errors() == []
+
+
+def test_a_network_that_was_watched_while_it_learned_is_shown_learning(chromium, tmp_path):
+    log = make_log()
+    watched = pd.concat([log[log.step == 0], log[log.step > 0].assign(source="live", first_bad=-1)])
+    page = Page(chromium).open(report.write({"a": watched}, tmp_path / "watched.html"))
+    drawn = "return document.querySelector('#overview .plot').data.map((t) => [t.meta.role, [...t.y], t.hovertemplate])"
+    page.move(0)
+    [(_, early, _)] = page.js(drawn)
+    page.move(3)
+    traces = {role: (y, label) for role, y, label in page.js(drawn)}
+    assert not np.allclose(traces["now"][0], early) and np.allclose(traces["first"][0], early)
+    assert "epoch 1, step 10" in traces["first"][1] and "initialisation" not in traces["first"][1]
+    assert page.errors() == []

@@ -312,6 +312,9 @@ def test_theory_of_a_run():
     assert table.equals(theory.profile("nf_test_resnet", {"alpha": 1.0}, **size))
     stem = {"kind": "activation", "layer": "stem_out", "step": [0, 9], "acsm": [3.0, 1.0], "acv": [5.0, 1.0]}
     onwards = theory.of_run(options, pd.DataFrame(stem))
+    flat = theory.of_run(options | {"signals": {"definition": "poster"}})
+    assert flat.equals(theory.profile("nf_test_resnet", {"alpha": 1.0}, definition="poster", **size))
+    assert not flat.equals(table)
     assert onwards.equals(theory.profile("nf_test_resnet", {"alpha": 1.0}, stem=(3.0, 5.0), **size))
     assert onwards.set_index("layer").acv["stem_out"] == 5 and not onwards.equals(table)
     assert theory.of_run(options, pd.DataFrame({"kind": ["weight"], "layer": ["a"], "acsm": [1.0]})).equals(table)

@@ -149,7 +149,9 @@ function card(run, index) {
 function panel({ title, kind, group, statistic }) {
   const having = runs.flatMap((run) => run.signals).filter((signal) => signal.kind === kind && has(signal, statistic));
   if (!having.some((signal) => group === "stream" || signal.groups.includes(group))) return null;
-  const source = having.some((signal) => signal.source === "probe") ? "probe" : having[0].source;
+  // Where a network was measured once and then watched while it learned, the latter has more to tell.
+  const moments = (source) => Math.max(...having.filter((signal) => signal.source === source).map((s) => s.steps.length));
+  const [source] = unique(["probe", ...having.map((signal) => signal.source)]).sort((a, b) => moments(b) - moments(a));
   const button = node("button", { type: "button", textContent: title });
   button.addEventListener("click", () => {
     $("quantity").value = `${kind}|${source}|${statistic}`;

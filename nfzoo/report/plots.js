@@ -71,7 +71,7 @@ function stages(lines, long) {
   return { shapes, annotations };
 }
 
-/** Measured lines, solid with markers; initialisation dotted; the theory dashed. */
+/** Measured lines, solid with markers; the first, of initialisation, dotted; the theory dashed. */
 function profileTraces(lines, type, size) {
   const traces = [];
   for (const { run, signal, layers, now, values, first, theory } of lines) {
@@ -85,7 +85,7 @@ function profileTraces(lines, type, size) {
       add(theory, "theory", "expected at initialisation", { line: { color: style("--quiet"), width: 1.5, dash: "dash" } });
     }
     if (first) {
-      add(first, "first", "initialisation", { opacity: 0.65, line: { color: colour(run), width: 1.5, dash: "dot" } });
+      add(first, "first", when(signal, 0), { opacity: 0.65, line: { color: colour(run), width: 1.5, dash: "dot" } });
     }
     const marker = { symbol: MARKERS[run % 8], size };
     const mode = layers.length > 120 ? "lines" : "lines+markers"; // hundreds of markers hide the line, and take time

@@ -81,7 +81,7 @@ def of_run(options: Mapping[str, Any], log: pd.DataFrame | None = None) -> pd.Da
     """The theory of a run, by its options.json; None for a model that is not of this zoo, or of an unknown activation.
 
     Args:
-        options: content of options.json ("model", "build", "images").
+        options: content of options.json ("model", "build", "images", "signals").
         log: signals of the run; what was measured after the stem at initialisation is where the theory sets out, since
             photos are no white noise.
 
@@ -100,6 +100,7 @@ def of_run(options: Mapping[str, Any], log: pd.DataFrame | None = None) -> pd.Da
     name = names.parse(model)
     mattering = {field.name for thing in (WORDS[name.variant], name.spec) for field in fields(thing)}
     build = {key: value for key, value in build.items() if key in mattering}  # not: weights, pooling, …
+    known["definition"] = (options.get("signals") or {}).get("definition", "channel")
     try:
         return profile(model, build, stem=None if log is None else _measured_stem(log), **known)
     except UnknownFunction:
