@@ -211,3 +211,10 @@ def test_excluded_units_and_those_of_a_wrapped_optimizer_are_told_as_they_are():
         assert {f.check: f for f in report.findings}["clipping"].severity == severity
         rows = report.log[(report.log.kind == "weight_gradient") & (report.log.step > 0)].set_index("layer")
         assert rows.agc_clipped["head/kernel"] == 0 and rows.agc_clipped["stem/kernel"] == (factor < 1)
+
+
+def test_what_regularizers_add_is_no_strong_opinion():
+    heavy = layers.Conv2D(16, 1, kernel_regularizer=keras.regularizers.L2(1.0), name="heavy")
+    network = _network(heavy)
+    found = _findings(network)["loss"]
+    assert float(sum(network.losses)) > 5 and found.severity == "good", found

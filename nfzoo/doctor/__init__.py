@@ -103,12 +103,14 @@ class _Losses(keras.callbacks.Callback):
 
 
 def _loss(model: keras.Model, x, y, training: bool) -> float:
-    """Loss of one batch; no variable is changed."""
+    """Loss of one batch, without the model's own (regularizers); no variable is changed."""
     values = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
     mode = dict.fromkeys(training_mode(model), training)
     outputs, _ = model.stateless_call(*values, keras.ops.convert_to_tensor(x), **mode)
-    with keras.StatelessScope():
-        return float(model.compute_loss(x=x, y=keras.ops.convert_to_tensor(y), y_pred=outputs, training=training))
+    # What regularizers add is no part of what guessing costs.
+    with keras.StatelessScope([(variable, variable.value) for variable in model.variables]):
+        loss = model.compute_loss(x=x, y=keras.ops.convert_to_tensor(y), y_pred=outputs, training=training)
+        return float(loss - sum(model.losses))
 
 
 def _classes(model: keras.Model) -> int | None:
