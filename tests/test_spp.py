@@ -482,3 +482,123 @@ def test_labels_without_a_loss_are_refused(images):
     with pytest.raises(ValueError, match="Expected a loss"):
         spp.snapshot(model, *images)
     assert "gradient" not in set(spp.snapshot(model, *images, what=("activations",)).kind)
+
+
+class _Penalized(keras.layers.Layer):
+    """Adds a loss of its own, and keeps state without being told to."""
+
+    def __init__(self):
+        super().__init__(name="penalized")
+        self.norm, self.dropout = keras.layers.BatchNormalization(), keras.layers.Dropout(1e-6, seed=1)
+
+    def call(self, x):
+        self.add_loss(keras.ops.mean(keras.ops.square(x)))
+        return self.dropout(self.norm(x, training=True), training=True)
+
+
+def test_losses_of_layers_are_part_of_the_gradient_and_no_state_moves():
+    image = keras.Input((5,))
+    model = keras.Model(image, keras.layers.Dense(3, name="b")(_Penalized()(keras.layers.Dense(4, name="a")(image))))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x, y = np.random.default_rng(0).standard_normal((8, 5)).astype("float32"), np.ones((8, 3), "float32")
+    before = [np.array(v) for v in model.variables]
+    rows = spp.snapshot(model, x, y).set_index(["kind", "layer"])
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    live = spp.SignalPropagation(source="live")
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[live])
+    seen = live.table().set_index(["kind", "layer"])
+    for at in (("weight_gradient", "a/kernel"), ("gradient", "a"), ("weight_gradient", "b/kernel")):
+        assert rows.second_moment[at] == pytest.approx(seen.second_moment[at], rel=1e-4), at
+
+
+def _steps(*, callback, model, **options):
+    model.compile("sgd", crossentropy())
+    model.fit(*SMALL, batch_size=4, verbose=0, callbacks=[callback], **options)
+    return callback.table().groupby("step").epoch.first().to_dict()
+
+
+def test_a_second_fit_goes_on(tmp_path):
+    for folder in (None, tmp_path / "log"):
+        model, probe = _small(), spp.SignalPropagation(*SMALL, log_dir=folder)
+        assert _steps(callback=probe, model=model, epochs=2) == {0: 0, 2: 1, 4: 2}
+        again = _steps(callback=probe, model=model, epochs=4, initial_epoch=2)  # compiled anew
+        assert again == {0: 0, 2: 1, 4: 2, 6: 3, 8: 4}
+    # The weights alone went on in another process.
+    other = spp.SignalPropagation(*SMALL, log_dir=tmp_path / "log")
+    assert list(_steps(callback=other, model=_small(), epochs=5, initial_epoch=4).items())[-2:] == [(8, 4), (10, 5)]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_restored_run_goes_on_whichever_callback_comes_first(last, tmp_path):
+    for epochs in (2, 4):
+        model, probe = _small(), spp.SignalPropagation(*SMALL, log_dir=tmp_path / "log")
+        kept = keras.callbacks.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
+        model.compile("sgd", crossentropy())
+        callbacks = [kept, probe] if last else [probe, kept]
+        model.fit(*SMALL, batch_size=4, epochs=epochs, verbose=0, callbacks=callbacks)
+    assert probe.table().step.unique().tolist() == [0, 2, 4, 6, 8]
+
+
+def test_labels_of_a_model_without_a_loss_are_refused_by_the_callback():
+    class Own(keras.Model):
+        def train_step(self, *_):
+            return {}
+
+    model = Own(*(lambda small: (small.inputs, small.outputs))(_small()))
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="Expected a loss for the gradients"):
+        model.fit(*SMALL, verbose=0, callbacks=[spp.SignalPropagation(*SMALL)])
+
+
+class _Block(keras.layers.Layer):
+    """A residual block as users write it: a layer that holds layers."""
+
+    def __init__(self, name):
+        super().__init__(name=name)
+        self.z_first, self.a_second = (keras.layers.Conv2D(4, 3, padding="same", name=n) for n in ("z", "a"))
+
+    def call(self, x):
+        return x + self.a_second(keras.ops.relu(self.z_first(x)))
+
+
+def test_layers_that_hold_layers_are_seen_in_their_place():
+    image = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 3, padding="same", name="stem")(image)
+    for i in range(2):
+        x = _Block(f"block{i}")(x)
+    model = keras.Model(image, keras.layers.Dense(3, name="head")(keras.layers.GlobalAveragePooling2D()(x)))
+    assert spp.select_taps(model) == ["stem", "block0", "block1", "head"]
+    rows = spp.snapshot(model, *SMALL, crossentropy())
+    weights = rows[rows.kind == "weight"].layer.tolist()
+    assert weights == ["stem/kernel", *(f"block{i}/{n}/kernel" for i in (0, 1) for n in "za"), "head/kernel"]
+    assert rows.groupby("kind").depth.apply(lambda depth: depth.is_monotonic_increasing and depth.is_unique).all()
+
+
+def test_channels_that_come_first_are_refused():
+    image = keras.Input((3, 8, 8))
+    model = keras.Model(image, keras.layers.GlobalAveragePooling2D(data_format="channels_first", name="pool")(image))
+    with pytest.raises(ValueError, match="channels come last.*pool"):
+        spp.snapshot(model, np.ones((2, 3, 8, 8), "float32"))
+
+
+def test_layers_that_give_whole_numbers_pass_unseen():
+    x = keras.Input((4,))
+    bins = keras.layers.Discretization(bin_boundaries=[0.0, 1.0], name="bins")(x)
+    model = keras.Model(x, keras.layers.Dense(2, name="dense")(keras.layers.Embedding(3, 5, name="table")(bins)))
+    rows = spp.snapshot(model, X, np.ones((len(X), 4, 2)), "mse", taps="layers")
+    assert set(rows[rows.kind == "activation"].layer) == {"table", "dense"}
+
+
+def test_what_is_computed_twice_is_seen_once():
+    with keras.RematScope(mode="full"):
+        model = _small()
+    assert model._remat_mode is not None
+    probe, live = spp.SignalPropagation(*SMALL), spp.SignalPropagation(source="live")
+    model.fit(*SMALL, verbose=0, callbacks=[probe, live])
+    rows, plain = (table.set_index(["kind", "layer"]) for table in (spp.snapshot(_small(), *SMALL), probe.table()))
+    kept = [("activation", "conv1"), ("gradient", "conv0"), ("weight_gradient", "conv0/kernel")]
+    first = plain[plain.step == 0]
+    np.testing.assert_allclose(first.second_moment[kept], rows.second_moment[kept], rtol=1e-5)
+    assert live.table().set_index(["kind", "layer"]).second_moment[kept].notna().all()
+    assert model._remat_mode is not None and model.get_layer("conv0")._remat_mode is not None

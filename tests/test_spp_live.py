@@ -216,3 +216,18 @@ def test_a_step_that_xla_compiles(images):
         return live.table().second_moment
 
     np.testing.assert_allclose(rows(True), rows(False), rtol=1e-4)
+
+
+def test_a_probe_beside_live_signals(images):
+    tables = []
+    for order in (1, -1):
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3, name="dense")])
+        model.compile("sgd", "mean_squared_error")
+        x, y = np.ones((8, 5), "float32"), np.ones((8, 3), "float32")
+        watching = [spp.SignalPropagation(source="live"), spp.SignalPropagation(x, y)]
+        model.fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=watching[::order])
+        tables += [callback.table().step.unique().tolist() for callback in watching]
+        assert "train_step" not in vars(model)
+    assert tables == [[2, 4], [0, 2, 4]] * 2
+    with pytest.raises(ValueError, match="Expected one .*several"):
+        model.fit(x, y, verbose=0, callbacks=[spp.SignalPropagation(source="live") for _ in range(2)])

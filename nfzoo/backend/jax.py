@@ -13,6 +13,7 @@ from nfzoo.backend.taps import (
     loss_counters,
     loss_scale,
     loss_state,
+    own_losses,
     recording,
     training_mode,
     unscaled,
@@ -33,7 +34,7 @@ def train_step(model: keras.Model, state, data, live=None, taps=None):
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
 
     def forward(trainable, zeros):
-        with tapped(taps or {}, zeros) as seen:
+        with tapped(model, taps or {}, zeros) as seen:
             loss, updates = model.compute_loss_and_updates(
                 trainable, non_trainable, metrics_variables, x, y, sample_weight,
                 training=True, optimizer_variables=optimizer_variables,
@@ -69,7 +70,7 @@ def observe(model: keras.Model, live, taps: dict[str, keras.Layer]):
 
 
 @contextlib.contextmanager
-def tapped(taps: dict[str, keras.Layer], zeros: dict):
+def tapped(model: keras.Model, taps: dict[str, keras.Layer], zeros: dict):
     """See the outputs of tapped layers, with `zeros` added: JAX differentiates by inputs only, such as these."""
     seen = {}
 
@@ -77,7 +78,7 @@ def tapped(taps: dict[str, keras.Layer], zeros: dict):
         seen[name] = value + zeros[name] if name in zeros else value
         return seen[name]
 
-    with recording(taps, see):
+    with recording(model, taps, see):
         yield seen
 
 
@@ -132,9 +133,9 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
     @jax.jit
     def run(x, y, trainable, non_trainable, counters):
         def forward(trainable, zeros):
-            with tapped(taps, zeros) as seen:
-                outputs, _ = model.stateless_call(trainable, non_trainable, x, **mode)
-            with keras.StatelessScope(loss_state(model, trainable, counters)):
+            with tapped(model, taps, zeros) as seen:
+                outputs, _, own = model.stateless_call(trainable, non_trainable, x, return_losses=True, **mode)
+            with keras.StatelessScope(loss_state(model, trainable, counters)), own_losses(model, own):
                 loss = 0.0 if compute_loss is None else compute_loss(x, y, outputs) * scale
             return loss, seen
 

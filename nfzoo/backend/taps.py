@@ -11,19 +11,26 @@ TINY = 1e-37  # keeps a variance of zero from dividing zero by zero
 
 
 @contextlib.contextmanager
-def recording(taps: dict[str, keras.Layer], see: Callable) -> Iterator[None]:
-    """While this lasts, what `see(name, output)` returns takes the place of a tapped layer's output.
+def recording(model: keras.Model, taps: dict[str, keras.Layer], see: Callable) -> Iterator[None]:
+    """While this lasts, what `see(name, output)` returns takes the place of the output of a model's tapped layers.
 
-    A layer that is called again is seen as "name#2", "name#3". Outputs that are no single tensor pass unseen.
+    A layer that is called again is seen as "name#2", "name#3". Outputs that are no single tensor of floats pass unseen.
+    What is seen is kept: what `keras.RematScope` has computed twice is computed once meanwhile.
     """
+    models = [model, *(layer for layer in model._flatten_layers() if isinstance(layer, keras.Model))] if taps else []
+    modes = [(part, part._remat_mode) for part in {id(part): part for part in (*models, *taps.values())}.values()]
+    # The instance's attribute shadows the method; set past Keras' tracking, which locks built layers.
+    for part, _ in modes:
+        object.__setattr__(part, "_remat_mode", None)
     for name, layer in taps.items():
-        # The instance's attribute shadows the method; set past Keras' tracking, which locks built layers.
         object.__setattr__(layer, "call", _seen(name, layer.call, see))
     try:
         yield
     finally:
         for layer in taps.values():
             object.__delattr__(layer, "call")
+        for part, mode in modes:
+            object.__setattr__(part, "_remat_mode", mode)
 
 
 def _seen(name: str, call: Callable, see: Callable) -> Callable:
@@ -31,7 +38,7 @@ def _seen(name: str, call: Callable, see: Callable) -> Callable:
 
     def seen_call(*args, **kwargs):
         output = call(*args, **kwargs)
-        if not keras.ops.is_tensor(output):
+        if not keras.ops.is_tensor(output) or "float" not in keras.backend.standardize_dtype(output.dtype):
             return output
         time = next(times)
         return see(name if time == 1 else f"{name}#{time}", output)
@@ -69,6 +76,16 @@ def loss_state(model: keras.Model, trainable, counters) -> list[tuple]:
     """What a loss may read and write, for a stateless scope: weights that it penalises, means that it keeps."""
     pairs = zip([*model.trainable_variables, *loss_counters(model)], [*trainable, *counters], strict=True)
     return list(pairs)
+
+
+@contextlib.contextmanager
+def own_losses(model: keras.Model, losses: list) -> Iterator[None]:
+    """While this lasts, the model's losses (regularizers, `add_loss`) are those of one stateless call."""
+    object.__setattr__(model, "_losses_override", losses)  # past Keras' tracking
+    try:
+        yield
+    finally:
+        object.__setattr__(model, "_losses_override", [])
 
 
 def unscaled(gradients: dict, scale) -> dict:

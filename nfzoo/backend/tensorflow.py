@@ -14,6 +14,7 @@ from nfzoo.backend.taps import (
     loss_counters,
     loss_scale,
     loss_state,
+    own_losses,
     recording,
     training_mode,
     unscaled,
@@ -37,7 +38,7 @@ def train_step(model: keras.Model, data, live=None, taps=None):
     agc, seen = getattr(model, "agc", None), {}
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     with tf.GradientTape() as tape:
-        with recording(taps or {}, lambda name, value: seen.setdefault(name, value)):
+        with recording(model, taps or {}, lambda name, value: seen.setdefault(name, value)):
             y_pred = model(x, **training_mode(model))
         loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
         scaled_loss = model.optimizer.scale_loss(loss)
@@ -166,16 +167,15 @@ def signals(model: keras.Model, taps: dict[str, keras.Layer], compute_loss, redu
         seen = {}
 
         def see(name, value):
-            if value.dtype.is_floating:
-                tape.watch(value)  # behind frozen layers nothing else is
+            tape.watch(value)  # behind frozen layers nothing else is
             seen[name] = value
             return value
 
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(trainable)
-            with recording(taps, see):
-                outputs, _ = model.stateless_call(trainable, non_trainable, x, **mode)
-            with keras.StatelessScope(loss_state(model, trainable, counters)):
+            with recording(model, taps, see):
+                outputs, _, own = model.stateless_call(trainable, non_trainable, x, return_losses=True, **mode)
+            with keras.StatelessScope(loss_state(model, trainable, counters)), own_losses(model, own):
                 # Under a strategy Keras' loss is a replica's share; here is one batch, and all of its loss.
                 shares = scale * tf.distribute.get_strategy().num_replicas_in_sync
                 loss = None if compute_loss is None else compute_loss(x, y, outputs) * shares

@@ -12,7 +12,7 @@ import pandas as pd
 from nfzoo.alarms import Alarm, alarms
 from nfzoo.backend import sync
 from nfzoo.optimizers import innermost
-from nfzoo.spp.live import LiveSignals, attach, detach, live_signals
+from nfzoo.spp.live import LiveSignals, attach, begin, detach, live_signals
 from nfzoo.spp.log import SignalLog, write_meta
 from nfzoo.spp.probe import Probe, loss_of
 from nfzoo.spp.reduction import DEFAULT_WHAT, Reduction, check_options
@@ -37,6 +37,11 @@ class SignalPropagation(keras.callbacks.Callback):
     computed in one compiled graph; only they leave the device. Where an error or Ctrl-C ends a `fit` with live signals,
     the model keeps its watched step, which costs time alone, until the next callback of this kind.
 
+    The records of a log, and of the callback itself, go on where they ended: in a second `fit` of the same model and
+    callback, compiled anew or not; and in another process from the step of the restored optimizer on, or, where an
+    optimizer begins anew at a later epoch, behind the last record. A new model that begins with epoch 0 takes the place
+    of what the log held.
+
     Args:
         x, y: the probe batch, as the model takes it. Without y there are no gradients.
         source: "probe" measures on that batch; "live" takes the mean over all training batches since the last record,
@@ -52,6 +57,10 @@ class SignalPropagation(keras.callbacks.Callback):
         tell: what is called with the sentence of each alarm (see `nfzoo.alarms`) when it is first given; None for none.
         loss: default: the model's.
         definition: "channel" (Brock et al.) or "poster", see `nfzoo.spp.stats`.
+
+    Attributes:
+        steps_done: batches that were trained on before this `fit`, if told by who knows better than the optimizer,
+            which does not count a step that loss scaling discards.
 
     Raises:
         ValueError: for options that do not fit, when made; for a model that they do not fit, when `fit` begins.
@@ -96,7 +105,8 @@ class SignalPropagation(keras.callbacks.Callback):
         self._measured: int | None = None
         self._before: dict[str, np.ndarray] = {}
         self.epoch = self.step = self.start = 0
-        self.steps_done: int | None = None  # told by who knows: an optimizer may be a second one, or leave out steps
+        self.steps_done: int | None = None
+        self._again = self._begun = False
 
     def table(self) -> pd.DataFrame:
         """The records of this `fit`, and those that its log held before, as a table."""
@@ -147,10 +157,11 @@ class SignalPropagation(keras.callbacks.Callback):
         return {path: np.array(keras.ops.convert_to_numpy(values[path]), "float32").ravel() for path in paths}
 
     def set_model(self, model: keras.Model) -> None:
+        self._again = model is self._model
         super().set_model(model)
         if not model.built and self.x is not None:
             model(keras.tree.map_structure(lambda a: a[:1], self.x))  # a Sequential without an Input
-        detach(model)  # what a `fit` left that was interrupted
+        detach(model, begun=self.source == "probe")  # what a `fit` left that was interrupted
         if self.source == "live":
             # Counts of bins are no mean over batches: "all" is here all that is a number.
             numbers = {"statistics": [name for name in resolve("all") if name not in HISTOGRAMS]}
@@ -159,20 +170,36 @@ class SignalPropagation(keras.callbacks.Callback):
             attach(model, self.live)
 
     def on_train_begin(self, logs=None) -> None:
+        if self.live is not None:
+            begin(self.model, self.live)
         if self.x is not None:
-            loss = None if self.y is None else loss_of(self.model, self.loss)
+            loss = loss_of(self.model, self.loss, self.y, self.options["what"])
             self.probe = Probe(self.model, loss=loss, **self.options)
-        done = _steps_taken(self.model.optimizer) if self.steps_done is None else self.steps_done
-        self.step = self.start = self.start_step = done
+        self._begun = False
+
+    def _begin(self, epoch: int) -> None:
+        """What is done before the first step: not before all callbacks have begun, since one may restore the model."""
+        self._begun, self.epoch = True, epoch
+        self.step = self.start = self.start_step = self._steps_done(epoch)
         self._measured, self._compared, self.alarms = None, [], []
         if self.log is not None:
             self.log.rewind(self.step or -1)  # a start from nothing measures step 0 anew
             described = self.live or self.probe
             write_meta(self.log.path.parent, described.reduction.describe())
-        if self.step == 0:
-            self.records = []  # of another network, or of another start
+        if not self._again:
+            self.records = []  # of another network
         if self.probe is not None and self.table().empty:  # a trained network has a state to start from, too
             self.measure(self.step)
+
+    def _steps_done(self, epoch: int) -> int:
+        if self.steps_done is not None:
+            return self.steps_done
+        done = _steps_taken(self.model.optimizer)
+        if self._again:
+            return max(done, self.step)
+        if epoch and not done and self.log is not None:
+            return max((record.get("step", 0) for record in self.log.read()), default=0)
+        return done
 
     def on_train_end(self, logs=None) -> None:
         detach(self.model)
@@ -194,6 +221,8 @@ class SignalPropagation(keras.callbacks.Callback):
         report.write({self.model.name: self.table() if self.log is None else self.log.path.parent}, self.report)
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
+        if not self._begun:
+            self._begin(epoch)
         self.epoch, self.start = epoch, self.step
 
     def on_train_batch_begin(self, batch, logs=None) -> None:

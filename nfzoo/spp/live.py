@@ -30,7 +30,7 @@ class LiveSignals(keras.metrics.Metric):
                 f'Expected numbers as statistics of source="live". Received: {sorted(vectors)}, which are histograms; '
                 'take source="probe" for them'
             )
-        self.reduction, self.discards = reduction, discards
+        self.reduction, self.discards, self.begun = reduction, discards, False
         self.cells = reduction.layout()
         self.place = {cell: i for i, cell in enumerate(self.cells)}
         size = (len(self.cells),)
@@ -117,10 +117,26 @@ def attach(model: keras.Model, live: LiveSignals) -> None:
     model.train_function = None  # it is compiled anew
 
 
-def detach(model: keras.Model) -> None:
-    """Give a model its own training step back; nothing happens if it has it."""
-    if "train_step" in vars(model):
+def begin(model: keras.Model, live: LiveSignals) -> None:
+    """Say that the `fit` begins which fills `live`.
+
+    Raises:
+        ValueError: if another one has taken its place.
+    """
+    if not any(metric is live for metric in model._metrics):
+        raise ValueError('Expected one SignalPropagation(source="live") in a `fit`. Received: several')
+    live.begun = True
+
+
+def detach(model: keras.Model, begun: bool = False) -> None:
+    """Give a model its own training step back; nothing happens if it has it.
+
+    Args:
+        begun: only if its `fit` has begun: one that is about to begin has attached it for itself.
+    """
+    found = [metric for metric in model._metrics if isinstance(metric, LiveSignals)]
+    if "train_step" in vars(model) and not (begun and any(not live.begun for live in found)):
         object.__delattr__(model, "train_step")
-        for live in [metric for metric in model._metrics if isinstance(metric, LiveSignals)]:
+        for live in found:
             list.remove(model._metrics, live)
         model.train_function = None

@@ -44,11 +44,20 @@ class Probe:
     def __call__(self, x, y=None, **columns) -> list[dict]:
         """Measure; return one record per kind and layer, with `columns` (step, epoch) added."""
         if self._cold:
-            # The loss of several outputs makes its counters at its first call, which must not be within a graph.
-            one_x, one_y = keras.tree.map_structure(lambda a: a[:1], (x, y))
-            self.model.compute_loss(x=one_x, y=one_y, y_pred=self.model(one_x))
+            self._build_loss(x, y)
             self._cold = False
         return self.reduction.records(self._unpacked(np.asarray(self.run(x, y))), columns)
+
+    def _build_loss(self, x, y) -> None:
+        """The loss of several outputs makes its counters at its first call, which must not be within a graph."""
+        loss = getattr(self.model, "_compile_loss", None)
+        if loss is None or loss.built:
+            return
+        groups = (self.model.trainable_variables, self.model.non_trainable_variables)
+        x, y = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
+        outputs, _ = self.model.stateless_call(*([v.value for v in group] for group in groups), x)
+        self.model.compute_loss(x=x, y=y, y_pred=outputs)
+        self.model.reset_metrics()
 
     def _packed(self, *tensors) -> Any:
         """The statistics as one vector: thousands of scalars would each take their time to leave the graph."""
@@ -97,17 +106,23 @@ def snapshot(
         >>> sorted(rows.kind.unique())
         ['activation', 'effective_weight', 'weight']
     """
-    loss = None if y is None else loss_of(model, loss)
-    if y is not None and loss is None and "gradients" in what:
+    loss = loss_of(model, loss, y, what)
+    return pd.DataFrame(Probe(model, taps, what, loss, definition, statistics)(x, y))
+
+
+def loss_of(model: keras.Model, loss: Any, y: Any, what) -> Any:
+    """The loss that gradients are taken of, the given one or what the model was compiled with; None if of none.
+
+    Raises:
+        ValueError: if there are labels, and gradients are wanted, but no loss.
+    """
+    if y is None or "gradients" not in what:
+        return None
+    if loss is not None:
+        return loss
+    if not getattr(model, "compiled", False) or model.loss is None:
         raise ValueError(
             f"Expected a loss for the gradients, or a compiled model. Received: labels for {model.name} and neither; "
             "pass loss=, or leave y out for activations and weights alone"
         )
-    return pd.DataFrame(Probe(model, taps, what, loss, definition, statistics)(x, y))
-
-
-def loss_of(model: keras.Model, loss: Any) -> Any:
-    """The loss that gradients are taken of: the given one, else what the model was compiled with, if anything."""
-    if loss is not None:
-        return loss
-    return "compiled" if getattr(model, "compiled", False) and model.loss is not None else None
+    return "compiled"

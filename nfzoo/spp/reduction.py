@@ -1,5 +1,6 @@
 """What is told of a model's tensors, and how it becomes records: the same for a probe and for live batches."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -32,6 +33,9 @@ class Reduction:
         model: any built model.
         taps, what, statistics, definition: see `SignalPropagation`.
 
+    Raises:
+        ValueError: for a model that is not built, or has its channels first.
+
     Attributes:
         taps: name -> layer whose output is observed.
         weights: path -> layer that holds the weight, axes of its fan-in.
@@ -46,7 +50,9 @@ class Reduction:
         layers = dict(all_layers(model))
         self.taps = {name: layers[name] for name in select_taps(model, taps)}
         self.weights = _weights(model, definition)
-        order = {id(layer): depth for depth, layer in enumerate(layers.values())}
+        _refuse_channels_first(layers.values())
+        # A layer may hold others: they come in its place, in the order in which it made them.
+        order = {id(part): depth for depth, part in enumerate(_parts(layers.values()))}
         self.depth = {name: depth for depth, name in enumerate(self.taps)}
         self.depth |= {path: order.get(id(layer), -1) for path, (layer, _) in self.weights.items()}
         self.agc, units = clipping_of(model)
@@ -174,6 +180,19 @@ def _weights(model: keras.Model, definition: str) -> dict[str, tuple[keras.Layer
             axes = agc.fan_in_axes(layer, variable) or tuple(range(len(variable.shape) - 1))
             weights[variable.path] = (layer, axes)
     return weights
+
+
+def _parts(layers: Iterable[keras.Layer]) -> list[keras.Layer]:
+    return list({id(part): part for layer in layers for part in layer._flatten_layers()}.values())
+
+
+def _refuse_channels_first(layers: Iterable[keras.Layer]) -> None:
+    for layer in layers:
+        if getattr(layer, "data_format", None) == "channels_first":
+            raise ValueError(
+                f"Expected a model whose channels come last: statistics are of channels. Received: {layer.name}, with "
+                'data_format="channels_first"'
+            )
 
 
 def _values(layer: keras.Layer, weights: dict) -> list[tuple]:

@@ -18,7 +18,7 @@ MERGES = (layers.Add, layers.Average, layers.Maximum, layers.Multiply, layers.Su
 
 
 def all_layers(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.Layer]]:
-    """Every layer by name, in model order; a layer of a nested model is "outer/inner"."""
+    """Every layer by name, in model order; a layer of a nested model is "outer/inner", one within a layer is none."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             yield from all_layers(layer, f"{prefix}{layer.name}/")
@@ -32,9 +32,10 @@ def select_taps(model: keras.Model, taps: str | type | Sequence | Callable = "au
     Args:
         model: any built model.
         taps: "auto" ("blocks" in networks of this zoo; elsewhere residual merges, activations, convolutions and dense
-            layers), "blocks" (every block's output and residual branch; where none has such a name, the residual sums),
-            "layers" (every layer with weights, activation or merge), a shell pattern on layer names, a layer class, a
-            list of names or classes, or a function of a layer. A layer of a nested model is called "outer/inner".
+            layers, and layers that hold some), "blocks" (every block's output and residual branch; where none has such
+            a name, the residual sums), "layers" (every layer with weights, activation or merge), a shell pattern on
+            layer names, a layer class, a list of names or classes, or a function of a layer. A layer of a nested model
+            is called "outer/inner".
 
     Raises:
         ValueError: if nothing matches.
@@ -47,7 +48,7 @@ def select_taps(model: keras.Model, taps: str | type | Sequence | Callable = "au
     known = dict(all_layers(model))
     if taps == "auto":
         own = any(type(layer).__name__ == "Tap" for layer in known.values())
-        taps = "blocks" if own else (*MERGES, *ACTIVATIONS, *WEIGHTED)
+        taps = "blocks" if own else lambda layer: isinstance(layer, (*MERGES, *ACTIVATIONS)) or _weighted(layer)
     if taps == "blocks":
         names = [name for name, layer in known.items() if place(name, layer) in ("block", "branch")]
         names = names or [name for name, layer in known.items() if isinstance(layer, MERGES)]
@@ -72,6 +73,11 @@ def select_taps(model: keras.Model, taps: str | type | Sequence | Callable = "au
             f"pattern on names such as {list(known)[1:4]}"
         )
     return names
+
+
+def _weighted(layer: keras.Layer) -> bool:
+    """Whether a layer is a convolution or dense, or one of its own making that holds such."""
+    return any(isinstance(part, WEIGHTED) for part in layer._flatten_layers())
 
 
 def place(name: str, layer: keras.Layer | None = None) -> str:
