@@ -5,6 +5,7 @@ loss scale is taken out, after the sum over replicas, after gradients are accumu
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,12 @@ def innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimiz
     while (inner := getattr(optimizer, "inner_optimizer", None)) is not None:
         optimizer = inner
     return optimizer
+
+
+def _updating(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
+    """Those that update: one, or the several of a `MultiOptimizer`, of which each has variables of its own."""
+    inner = innermost(optimizer)
+    return [part for one in inner.optimizers for part in _updating(one)] if hasattr(inner, "optimizers") else [inner]
 
 
 def clipping_of(model: keras.Model) -> tuple[AGC, dict[str, Axes | None]]:
@@ -46,26 +53,25 @@ def clipped_updates(optimizer: keras.optimizers.Optimizer, agc: AGC, units: dict
         agc: clip factor and floor.
         units: path of a variable -> the axes of its units, None to leave it as it is; see `AGC.units`.
     """
-    inner = innermost(optimizer)
-    if "update_step" in vars(inner):  # replicas are traced side by side and meet in one update: the first clips for all
-        yield
-        return
-    update = inner.update_step
-
-    def clipped_step(gradient, variable, learning_rate):
-        path = inner._trainable_variables[inner._get_variable_index(variable)].path
-        if path not in units:
-            raise ValueError(f"Expected the variables the clipping was made for. Received also: {path}; make it anew")
-        if units[path] is not None:
-            gradient, _ = clip(gradient, variable, units[path], agc.clip_factor, agc.eps)
-        return update(gradient, variable, learning_rate)
-
-    # The instance's attribute shadows the method, past Keras' tracking.
-    object.__setattr__(inner, "update_step", clipped_step)
+    # Replicas are traced side by side and meet in one update: the first clips for all.
+    parts = [part for part in _updating(optimizer) if "update_step" not in vars(part)]
+    for part in parts:
+        # The instance's attribute shadows the method, past Keras' tracking.
+        object.__setattr__(part, "update_step", functools.partial(_clipped_step, part, part.update_step, agc, units))
     try:
         yield
     finally:
-        object.__delattr__(inner, "update_step")
+        for part in parts:
+            object.__delattr__(part, "update_step")
+
+
+def _clipped_step(optimizer, update, agc: AGC, units: dict[str, Axes | None], gradient, variable, learning_rate):
+    path = optimizer._trainable_variables[optimizer._get_variable_index(variable)].path
+    if path not in units:
+        raise ValueError(f"Expected the variables the clipping was made for. Received also: {path}; make it anew")
+    if units[path] is not None:
+        gradient, _ = clip(gradient, variable, units[path], agc.clip_factor, agc.eps)
+    return update(gradient, variable, learning_rate)
 
 
 @keras.saving.register_keras_serializable(package="nfzoo")
@@ -97,14 +103,9 @@ class AdaptiveGradientClipping(keras.optimizers.Optimizer):
     """
 
     def __init__(
-        self,
-        inner_optimizer: keras.optimizers.Optimizer,
-        model: keras.Model | None = None,
-        agc: AGC | None = None,
-        *,
-        units: dict[str, Sequence[int] | None] | None = None,
-        name: str | None = None,
-    ):
+        self, inner_optimizer: keras.optimizers.Optimizer, model: keras.Model | None = None, agc: AGC | None = None,
+        *, units: dict[str, Sequence[int] | None] | None = None, name: str | None = None,
+    ):  # fmt: skip
         if (model is None) == (units is None):
             raise ValueError(f"Expected a model or units, one of the two. Received: model={model}, units={units}")
         if model is not None and not model.built:

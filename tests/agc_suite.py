@@ -77,6 +77,13 @@ def unused() -> keras.Model:
     return nfzoo.NFModel(x, keras.layers.Dense(10, name="head")(y))
 
 
+def several(sgd: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """One optimizer for the head, another for the rest."""
+    chosen = keras.optimizers.OptimizerMap(sgd)
+    chosen["head"] = keras.optimizers.SGD(1.0)
+    return keras.optimizers.MultiOptimizer(chosen)
+
+
 @dataclass(frozen=True)
 class Case:
     """One circumstance: network, precision, optimizer, how `fit` is called."""
@@ -104,6 +111,7 @@ CASES = {
     "jit_compile": Case(compile={"jit_compile": True}),
     "sparse gradients": Case(network=embedding),
     "absent gradients": Case(network=unused),
+    "several optimizers": Case(wrap=several),
 }
 
 
