@@ -128,6 +128,17 @@ def test_nf_merge_is_skip_plus_alpha_gain_branch(nets):
     assert {float(m.gain.numpy()) for m in merges} == {0.0}
 
 
+def test_nf_efficientnets_start_evenly_in_every_dialect():
+    """MBConv's first convolution follows no activation: the gain of one in its kernel would multiply block by block."""
+    x = np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype("float32")
+    for dialect in ("keras", "timm"):
+        net = nfzoo.build("nf_test_efficientnet", dialect=dialect, skip_gain=1.0)
+        table = nfzoo.spp.snapshot(net, x, taps="blocks", what=("activations",))
+        assert table[table.place == "block"].second_moment.max() < 3, dialect
+    with pytest.raises(ValueError, match='gamma_in="activation" of an EfficientNet'):
+        nfzoo.build("nf_test_efficientnet", gamma_in="kernel")
+
+
 def test_nf_branch_has_unit_variance_at_any_depth():
     """The point of the bookkeeping: whatever came before, a branch starts and ends with variance one."""
     model = nfzoo.build(

@@ -73,7 +73,7 @@ class Spec:
 
 def conventions(spec: Spec, variant: str) -> dict:
     """Fields of spec and variant that follow from the dialect and the variant."""
-    return {"padding": "symmetric"} if spec.dialect == "timm" else {}
+    return {"padding": "symmetric", "gamma_in": "activation"} if spec.dialect == "timm" else {}
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,11 @@ def body(spec: Spec, variant, x):
     Returns:
         The last feature map, and the last map of each stride as {"P1": stride 2, …, "P5": stride 32}.
     """
+    if getattr(variant, "gamma_in", None) == "kernel":
+        raise ValueError(
+            'Expected gamma_in="activation" of an EfficientNet: the first convolution of its blocks follows no '
+            'activation, whose gain it would make up for. Received: "kernel"'
+        )
     stages = blocks(spec)
     flat = [block for stage in stages for block in stage]
     sites = block_sites(
