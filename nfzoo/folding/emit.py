@@ -142,7 +142,9 @@ def _kept(node: Node, tensors: dict):
 
 def _max_pool(layer, x):
     sides = [(0, 0), (layer.pad, layer.pad), (layer.pad, layer.pad), (0, 0)]
-    x = ops.pad(x, sides, constant_values=float("-inf"))
+    # A mirrored pixel never wins over its original, which lies in the same window; eight bits know no infinity.
+    mirrors = 2 * layer.pad < min(layer.pool_size)
+    x = ops.pad(x, sides, "symmetric") if mirrors else ops.pad(x, sides, constant_values=float("-inf"))
     return layers.MaxPooling2D(layer.pool_size, layer.strides)(x)
 
 

@@ -135,8 +135,7 @@ def read(model: keras.Model, given: list[Node] | None = None) -> Any:
             made = _node(layer, (made,), {})
         return made
     config = model.get_config()
-    names: list[str] = []
-    _replaced(config["input_layers"], lambda name, *_: names.append(name))
+    names = [tensor._keras_history.operation.name for tensor in model.inputs]  # in the order of flattened arguments
     operations = {operation.name: operation for operation in model.operations}
     calls = {layer["name"]: layer["inbound_nodes"] for layer in config["layers"]}
     nodes: dict[tuple[str, int], Any] = {(name, 0): start for name, start in zip(names, starts, strict=True)}
