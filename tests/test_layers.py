@@ -503,6 +503,22 @@ def test_what_lora_learned_is_saved(tmp_path):
     np.testing.assert_allclose(keras.saving.load_model(tmp_path / "lora.keras")(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_lora_under_mixed_precision_is_standardized_in_float32(policy):
+    image = keras.Input((8, 8, 3))
+    layer = layers.ScaledStdConv2D(3, 3, dtype=policy)
+    net = keras.Model(image, layer(image))
+    layer.enable_lora(2)
+    for variable in layer.trainable_variables:
+        variable.assign(keras.random.normal(variable.shape))
+    factors = (keras.ops.convert_to_numpy(v).astype("float32") for v in (layer.lora_kernel_a, layer.lora_kernel_b))
+    whole = keras.ops.convert_to_numpy(layer._kernel) + layer.lora_alpha / 2 * np.matmul(*factors)
+    gain = keras.ops.convert_to_numpy(layer.gain)
+    expected = layers.standardize(whole, layer.fan_in_axes, gain, layer.epsilon, layer.epsilon_mode)
+    np.testing.assert_allclose(layer.effective_kernel(), expected, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(keras.ops.convert_to_numpy(net(np.ones((1, 8, 8, 3), "float32")))).all()
+
+
 def test_pooling_that_would_pad_other_axes_is_refused():
     with pytest.raises(ValueError, match="channels_last"):
         layers.MaxPool2D(3, 2, pad=1, data_format="channels_first")

@@ -137,11 +137,19 @@ class _ScaledStd:
 
     def effective_kernel(self) -> Any:
         """The standardized kernel that the convolution uses, float32, shape of the kernel."""
-        shape = [1 if axis in self.fan_in_axes else n for axis, n in enumerate(self.kernel.shape)]
+        kernel = self._whole_kernel()
+        shape = [1 if axis in self.fan_in_axes else n for axis, n in enumerate(kernel.shape)]
         gain = ops.reshape(self.gain, shape)
         if self.gamma != 1.0:
             gain = gain * self.gamma
-        return standardize(self.kernel, self.fan_in_axes, gain, self.epsilon, self.epsilon_mode)
+        return standardize(kernel, self.fan_in_axes, gain, self.epsilon, self.epsilon_mode)
+
+    def _whole_kernel(self) -> Any:
+        """The kernel with what LoRA has learned, float32: Keras' own would be rounded under mixed policies."""
+        if not getattr(self, "lora_enabled", False):
+            return self.kernel
+        factors = (ops.cast(part, self._kernel.dtype) for part in (self.lora_kernel_a, self.lora_kernel_b))
+        return self._kernel + (self.lora_alpha / self.lora_rank) * ops.matmul(*factors)
 
     def convolution_op(self, inputs, kernel):
         return super().convolution_op(inputs, ops.cast(self.effective_kernel(), self.compute_dtype))
@@ -149,7 +157,7 @@ class _ScaledStd:
     # Keras' convolutions list the variables to store by hand and would lose the gain. Like theirs, the kernel is stored
     # with what LoRA has learned.
     def save_own_variables(self, store) -> None:
-        for number, value in enumerate((self.kernel, *self._beside_the_kernel())):
+        for number, value in enumerate((self._whole_kernel(), *self._beside_the_kernel())):
             store[str(number)] = value
 
     def load_own_variables(self, store) -> None:
