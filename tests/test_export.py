@@ -134,6 +134,23 @@ def test_grey_images_are_exported(tmp_path):
     assert entry["largest_relative_difference"] < 1e-4 and not entry.get("constant_outputs")
 
 
+@pytest.mark.parametrize("kind", ["float64", "uint8"])
+def test_images_are_taken_in_any_type(kind, tmp_path):
+    images = np.random.default_rng(0).uniform(0, 255, (3, 32, 32, 4)).astype(kind)
+    model = nfzoo.build("nf_test_resnet", input_shape=(32, 32, 4), classes=3)  # other channels than a photograph
+    assert export.export(model, tmp_path / "own.onnx", images=images)["largest_relative_difference"] < 1e-4
+    with pytest.raises(ValueError, match=r"shape \(32, 32, 4\). Received: an array of shape \(3, 32, 32, 3\)"):
+        export.export(model, tmp_path / "other.onnx", images=images[..., :3])
+    with pytest.raises(ValueError, match="Expected images= beside a model of 4 channels"):
+        export.export(model, tmp_path / "other.onnx")
+
+
+def test_a_network_with_a_padded_pool_is_quantized(tmp_path):
+    model = nfzoo.build("bn_test_resnet", input_shape=(32, 32, 3), classes=3)
+    entry = export.export(model, tmp_path / "small.tflite", quantize="int8", examples=8)
+    assert entry["largest_relative_difference"] < 0.2
+
+
 def test_constant_outputs_are_said(tmp_path):
     entry = export.export("fixup_test_resnet", tmp_path / "fixup.onnx", examples=2)
     assert entry["constant_outputs"] and entry["largest_relative_difference"] == 0

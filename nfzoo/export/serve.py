@@ -94,6 +94,8 @@ def standardized(x: np.ndarray, known: dict) -> np.ndarray:
 
 
 def _probabilities(outputs: np.ndarray) -> np.ndarray:
+    if outputs.shape[-1] == 1:  # of two classes; what is within [0, 1] has its sigmoid behind it
+        return outputs if np.all((outputs >= 0) & (outputs <= 1)) else 1 / (1 + np.exp(-outputs))
     if np.all(outputs >= 0) and np.allclose(outputs.sum(-1), 1, atol=1e-3):
         return outputs
     odds = np.exp(outputs - outputs.max(-1, keepdims=True))

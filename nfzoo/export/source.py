@@ -53,14 +53,22 @@ def source_of(
     Raises:
         FileNotFoundError, ValueError: for anything else.
     """
-    source = _found(given, examples, _stated(mean, std))
+    source = _found(given, 0 if images is not None else examples, _stated(mean, std))
     if classes is not None:
         source = replace(source, card=_with_classes(source, list(classes)))
     source = replace(source, model=_in_float32(source.model))
     if images is None:
         return source
-    x = images[:examples] if isinstance(images, np.ndarray) else _files(pathlib.Path(images), source, examples)
+    given = isinstance(images, np.ndarray)
+    x = _array(images[:examples], source) if given else _files(pathlib.Path(images), source, examples)
     return replace(source, images=x, calibration=x)
+
+
+def _array(x: np.ndarray, source: Source) -> np.ndarray:
+    shape = source.model.input_shape[1:]
+    if x.ndim != len(shape) + 1 or any(side not in (None, n) for side, n in zip(shape, x.shape[1:], strict=True)):
+        raise ValueError(f"Expected images of shape {shape}. Received: an array of shape {x.shape}")
+    return x.astype("float32")
 
 
 def _stated(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict:
@@ -152,11 +160,13 @@ def _of_run(folder: pathlib.Path, examples: int) -> Source:
 
 def _of_model(model: keras.Model, card: dict, examples: int) -> Source:
     shape = model.input_shape[1:]
-    if isinstance(model.input_shape, list) or len(shape) != 3 or shape[-1] not in (1, 3):
+    if isinstance(model.input_shape, list) or len(shape) != 3:
         raise ValueError(f"Expected a model of one batch of images. Received: inputs of shape {model.input_shape}")
-    size = tuple(side or 224 for side in shape[:2])
-    x = _photographs(size, shape[-1], min(examples, 64))
-    constants = card.get("input", registry.PREPROCESSING)
+    size, photographed = tuple(side or 224 for side in shape[:2]), shape[-1] in (1, 3)
+    if examples and not photographed:
+        raise ValueError(f"Expected images= beside a model of {shape[-1]} channels: photographs have 1 or 3")
+    x = _photographs(size, shape[-1], min(examples, 64)) if examples else np.zeros((0, *size, shape[-1]))
+    constants = card.get("input", registry.PREPROCESSING if photographed else {"mean": [0.0], "std": [1.0]})
     mean, std = (np.asarray(constants[key]) for key in ("mean", "std"))
     if shape[-1] == 1:  # grey images, and perhaps the constants of colours
         mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
