@@ -283,8 +283,11 @@ def set_head(model: Any, classes: int, activation: str | None = None) -> Any:
             f'Expected a model that ends with a layer "head". Received: {model.name}, which '
             + ("has none" if head is None else "goes on behind it")
         )
-    changes = {"units": classes, "activation": activation, "trainable": True}
-    new = layers.Dense.from_config({**head.get_config(), **changes})
+    # What LoRA and quantization did to the old classifier, they did to its weights.
+    policy = head.dtype_policy.get_config().get("source_name") or head.dtype_policy.name
+    config = {key: value for key, value in head.get_config().items() if not key.startswith("lora_")}
+    changes = {"units": classes, "activation": activation, "trainable": True, "dtype": policy}
+    new = layers.Dense.from_config({**config, **changes})
     return NFModel(model.input, new(head.input), name=model.name)
 
 
@@ -304,11 +307,18 @@ def multiply_adds(model: Any) -> int:
 
 def measure(name: str, **overrides) -> dict:
     """Build a model and count it: the part of `ModelInfo` that a spec does not tell."""
+    return _counts(_undrawn(name, overrides), name, overrides)
+
+
+def _undrawn(name: str, overrides: dict) -> Any:
     import keras
 
     # Counting needs shapes only: within a stateless scope the variables are never drawn.
     with keras.StatelessScope():
-        model = build(name, **overrides)
+        return build(name, **overrides)
+
+
+def _counts(model: Any, name: str, overrides: dict) -> dict:
     independent = None
     if name not in USER_MODELS:
         independent = resolve_fields(parse(name), overrides_of(overrides))[0].batch_independent
@@ -347,11 +357,13 @@ def model_info(name: str, **overrides) -> ModelInfo:
             f"Expected an input_shape of known sides: cost depends on it. Received: {overrides['input_shape']}"
         )
     parsed = parse(name)
-    anew = overrides or parsed.overrides
-    counts = measure(name, **overrides) if anew else _manifest()[str(parsed)]
-    spec = resolve_fields(parsed, overrides_of(overrides))[1] if anew else parsed.spec  # the variants import Keras
-    size = (overrides.get("input_shape") or spec.input_shape)[0]
-    classes = overrides.get("classes") or spec.classes
-    paper = FAMILIES[parsed.family].PAPER
+    spec, paper = parsed.spec, FAMILIES[parsed.family].PAPER
+    size, classes = spec.input_shape[0], spec.classes
+    if overrides or parsed.overrides:  # the variants import Keras
+        spec, model = resolve_fields(parsed, overrides_of(overrides))[1], _undrawn(name, overrides)
+        counts, size = _counts(model, name, overrides), model.input_shape[1]
+        classes = next((layer.units for layer in model.layers if layer.name == "head"), classes)
+    else:
+        counts = _manifest()[str(parsed)]
     test_size = spec.test_size or spec.size
     return ModelInfo(str(parsed), parsed.family, parsed.variant, size, test_size, classes, **counts, paper=paper)

@@ -131,6 +131,10 @@ class NFModel(Step, keras.Model):
             self.optimizer.build(self.trainable_variables)
 
 
+# Keras' legacy .h5 files name a class without its package.
+keras.saving.get_custom_objects().setdefault("NFModel", NFModel)
+
+
 def _clips(optimizer: keras.optimizers.Optimizer | None) -> bool:
     while optimizer is not None:
         if isinstance(optimizer, AdaptiveGradientClipping):

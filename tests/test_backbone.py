@@ -132,6 +132,16 @@ def test_set_head_under_mixed_precision_keeps_logits_in_float32():
     assert model.output.dtype == "float32"
 
 
+@pytest.mark.parametrize("change", ["lora", "quantized"])
+def test_a_new_head_learns_whatever_became_of_the_old_one(change, images):
+    old = nfzoo.build("bn_test_resnet")
+    old.get_layer("head").enable_lora(2) if change == "lora" else old.get_layer("head").quantize("int8")
+    head = nfzoo.set_head(old, 3).get_layer("head")
+    kernel, bias = head.trainable_variables
+    assert (kernel.shape, bias.shape) == ((old.get_layer("head").input.shape[-1], 3), (3,))
+    assert keras.ops.convert_to_numpy(kernel).std() > 0 and kernel.dtype == "float32"
+
+
 def test_set_head_drops_nothing():
     model = nfzoo.build("nf_test_resnet")
     ended = keras.Model(model.input, keras.layers.Softmax()(model.output), name="ended")

@@ -317,3 +317,8 @@ def test_poster_parameter_counts():
 def test_every_kernel_size_is_counted_once():
     counted = sum(math.prod(v.shape) for v in nfzoo.build("gn_test_efficientnet").weights)
     assert counted == nfzoo.model_info("gn_test_efficientnet").parameters
+
+
+def test_a_whole_model_in_a_legacy_file_loads(tmp_path):
+    nfzoo.build("sn_test_ffnn").save(tmp_path / "a.h5")
+    assert isinstance(keras.saving.load_model(tmp_path / "a.h5"), nfzoo.NFModel)

@@ -157,3 +157,9 @@ def test_constants_of_every_channel():
     for wrong in (True, {"mean": (0.5,)}, {"mean": (0.5, 0.5, 0.5), "std": (1, 1, 1)}):
         with pytest.raises(ValueError, match="of every channel"):
             nfzoo.build("sn_test_efficientnet", input_shape=(32, 32, 1), include_preprocessing=wrong)
+
+
+def test_information_on_weights_is_that_of_their_network():
+    info = nfzoo.model_info("bn_efficientnet_b0", weights="cifar100")
+    assert (info.input_size, info.classes) == (32, 100) and info.parameters < nfzoo.model_info(info.name).parameters
+    assert nfzoo.model_info("bn_test_resnet", classes=7).classes == 7

@@ -105,10 +105,19 @@ def _models(family: str):
         from nfzoo import names, registry
         from nfzoo.convert import published
 
+        def stated(architecture: str, source: str) -> str:
+            """How the weights are asked for: under our name, or theirs where they are of another reading."""
+            name = names.parse(architecture)
+            try:
+                published.find(str(name), source)
+            except ValueError:
+                return f"{name.variant}: {source} (as `{architecture}`)"
+            return f"{name.variant}: {source}"
+
         known: dict[str, dict[str, None]] = {}
         for source, architectures in published.TABLE.items():
-            for name in map(names.parse, architectures):
-                known.setdefault(name.row, {})[f"{name.variant}: {source}"] = None
+            for architecture in architectures:
+                known.setdefault(names.parse(architecture).row, {})[stated(architecture, source)] = None
         lines = [
             "| architecture | px | parameters, M | multiply-adds, G | published weights |",
             "| --- |" + " --- |" * 4,

@@ -153,8 +153,11 @@ def find(name: str, source: str, dialect: str | None = None) -> tuple[str, str, 
         known = names.parse(key)
         if str(known) == str(asked) and (source != "timm" or _reading(known) == _reading(asked, dialect)):
             return key, address, digest
+    others = [key for key in TABLE[source] if str(names.parse(key)) == str(asked)]
+    hint = f", which {source} has in another reading alone: {', '.join(others)}" if others else ""
     raise ValueError(
-        f"Expected an architecture with published weights of {source}: {', '.join(TABLE[source])}. Received: {name}"
+        f"Expected an architecture with published weights of {source}: {', '.join(TABLE[source])}. "
+        f"Received: {name}{hint}"
     )
 
 
