@@ -58,6 +58,9 @@ def read(data: Data) -> tuple[Split, Split, tuple[str, ...], dict]:
             f"Expected training and test images. Received: {data.name!r} with {len(train)} and {len(test)}"
         )
     _check_size(test.images[0], train.images[0], data.name)
+    for split in (train, test):
+        if not 0 <= split.labels.min() <= split.labels.max() < len(classes):
+            raise ValueError(f"Expected labels of {len(classes)} classes. Received: {data.name!r} with others")
     return train, test, classes, facts
 
 
@@ -109,15 +112,16 @@ def _npz(path: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[str,
     missing = [key for key in wanted if key not in arrays]
     if missing:
         raise ValueError(f"Expected the arrays {', '.join(wanted)}. Received: {path} without {', '.join(missing)}")
-    train, test = (Split(arrays[f"{s}_images"], arrays[f"{s}_labels"].astype(np.int32)) for s in ("train", "test"))
-    for split in (train, test):
-        if split.images.shape[3:] != (3,) or split.images.dtype != np.uint8 or len(split.images) != len(split.labels):
+    found = []
+    for images, labels in ((arrays[f"{s}_images"], arrays[f"{s}_labels"]) for s in ("train", "test")):
+        labels = labels[:, 0] if labels.shape[1:] == (1,) else labels  # a column, as keras.datasets has them
+        if images.shape[3:] != (3,) or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
             raise ValueError(
                 f"Expected uint8 images (n, height, width, 3) and n labels. Received: {path} with "
-                f"{split.images.dtype} {split.images.shape} and {len(split.labels)} labels"
+                f"{images.dtype} {images.shape} and labels {labels.shape}"
             )
-        if len(split) and not 0 <= split.labels.min() <= split.labels.max() < len(arrays["classes"]):
-            raise ValueError(f"Expected labels of {len(arrays['classes'])} classes. Received: {path} with others")
+        found.append(Split(images, labels.astype(np.int32)))
+    train, test = found
     facts = {key: arrays[key] for key in FACTS if key in arrays}
     if facts:
         if [facts[key].shape if key in facts else None for key in FACTS] != [(3,), (3,), ()] or min(facts["std"]) <= 0:
@@ -129,9 +133,14 @@ def _npz(path: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[str,
 
 
 def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[str, ...]]:
-    """root/<class>/*.png, or root/train/<class>/… beside root/test or root/val; without one, a fifth is held out."""
+    """root/<class>/*.png, or root/train/<class>/… beside root/test or root/val; else a fifth of a class is held out.
+
+    Validation images are split off the training images in either case: of test/ and val/, the first alone is read.
+    """
     train = root / "train" if (root / "train").is_dir() else root
-    test = next((root / n for n in ("test", "val", "validation") if train != root and (root / n).is_dir()), None)
+    test = next(
+        (root / n for n in ("test", "val", "valid", "validation") if train != root and (root / n).is_dir()), None
+    )
     classes = _subfolders(train)
     if test is not None and (others := sorted(set(_subfolders(test)) - set(classes))):
         raise ValueError(f"Expected the classes of {train} in {test}. Received: {', '.join(others)} there alone")
@@ -158,8 +167,12 @@ def _folder(root: pathlib.Path, size: int | None) -> tuple[Split, Split, tuple[s
     if test is not None:
         return split, read(test, shuffled=True), classes
     order = np.random.default_rng(0).permutation(len(split))
-    cut = max(1, len(split) // 5)
-    return split.take(order[cut:]), split.take(order[:cut]), classes
+    held = np.zeros(len(split), bool)
+    for number in range(len(classes)):
+        own = order[split.labels[order] == number]
+        held[own[: round(len(own) / 5)]] = True
+    held[order[0]] |= not held.any()
+    return split.take(order[~held[order]]), split.take(order[held[order]]), classes
 
 
 def _subfolders(folder: pathlib.Path) -> tuple[str, ...]:
@@ -240,9 +253,6 @@ def _tfds(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
                 f"{_first_line(error)}. Say where it is with --data-dir or TFDS_DATA_DIR, or use --data digits."
             ) from None
         splits = builder.info.splits
-    held_out = next((name for name in ("test", "validation") if name in splits), None)
-    if held_out is None:
-        raise ValueError(f"Expected a test or validation split. Received: {data.name!r} with {', '.join(splits)}")
 
     def read(split):
         labels = []
@@ -254,7 +264,13 @@ def _tfds(data: Data) -> tuple[Split, Split, tuple[str, ...]]:
 
         return Split(_stack(images(), data.image_size, data.name), np.array(labels, np.int32))
 
-    return read("train"), read(held_out), tuple(kinds[1].names)
+    for held_out in (name for name in ("test", "validation") if name in splits):
+        test = read(held_out)
+        if not len(test) or test.labels.max() >= 0:  # -1 where the labels are a contest's secret
+            return read("train"), test, tuple(kinds[1].names)
+    raise ValueError(
+        f"Expected a test or validation split with labels. Received: {data.name!r} with {', '.join(splits)}"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -242,6 +242,39 @@ def test_folder_without_a_test_split_holds_a_fifth_out(tmp_path):
     assert (len(images.train), len(images.validation), len(images.test)) == (13, 3, 4)
 
 
+@pytest.mark.parametrize("each", [3, 8])
+def test_a_fifth_of_each_class_is_held_out(tmp_path, each):
+    for number in range(10):
+        _write(tmp_path / f"class{number}", each)
+    images = data.load(Data(name=str(tmp_path), validation_fraction=0))
+    for split, count in ((images.test, round(each / 5)), (images.train, each - round(each / 5))):
+        assert np.bincount(split.labels, minlength=10).tolist() == [count] * 10
+    assert not np.all(np.diff(images.train.labels) >= 0)  # not in order
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_names_of_the_other_split(tmp_path, name):
+    for split in ("train", name):
+        _write(tmp_path / split / "ants", 3)
+    images = data.load(Data(name=str(tmp_path), validation_fraction=0))
+    assert (len(images.train), len(images.test)) == (3, 3)
+
+
+def test_labels_of_an_array_file(tmp_path):
+    """A column, as keras.datasets has them, is taken; one-hot vectors are not."""
+    path = data.save(Data(name="fake", image_size=8), tmp_path / "fake.npz")
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, "train_labels": arrays["train_labels"][:, None]})
+    np.testing.assert_array_equal(sources.read(Data(name=str(path)))[0].labels, arrays["train_labels"])
+    np.savez(path, **{**arrays, "train_labels": np.eye(4)[arrays["train_labels"]]})
+    with pytest.raises(ValueError, match=r"n labels.*fake\.npz with .*labels \(256, 4\)"):
+        data.load(Data(name=str(path)))
+    np.savez(path, **{**arrays, "test_labels": arrays["test_labels"] - 1})
+    with pytest.raises(ValueError, match="labels of 4 classes"):
+        data.load(Data(name=str(path)))
+
+
 def test_images_of_several_sizes_need_a_size(tmp_path):
     _write(tmp_path / "train" / "ants", 2, (10, 10))
     _write(tmp_path / "train" / "bees", 2, (10, 12))
@@ -304,8 +337,8 @@ def test_an_unprepared_set_says_how_to_get_it(tmp_path, monkeypatch):
         data.load(Data(name="cifar100", data_dir=str(tmp_path)))
 
 
-def _tfds_set(monkeypatch, folder, features, keys, examples):
-    """A tensorflow-datasets set made here, that `load` finds by any name."""
+def _tfds_set(monkeypatch, folder, features, keys, examples, **more):
+    """A tensorflow-datasets set made here, that `load` finds by any name; `more` are other splits' examples."""
     import tensorflow_datasets as tfds
 
     class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -317,7 +350,7 @@ def _tfds_set(monkeypatch, folder, features, keys, examples):
             )
 
         def _split_generators(self, manager):
-            return {split: enumerate(examples) for split in ("train", "test")}
+            return {split: enumerate(found) for split, found in {"train": examples, "test": examples, **more}.items()}
 
         def _generate_examples(self):
             raise NotImplementedError
@@ -335,6 +368,19 @@ def test_grey_tfds_images_become_three_channels(monkeypatch, tmp_path):
     images = data.load(Data(name="made", validation_fraction=0))
     assert images.train.images.shape == (4, 4, 6, 3) and images.classes == ("a", "b")
     np.testing.assert_array_equal(np.sort(images.train.images[:, 0, 0, 2]), [0, 50, 100, 150])
+
+
+def test_a_test_split_without_labels_is_passed_over(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {"image": tfds.features.Image(shape=(4, 4, 3)), "label": tfds.features.ClassLabel(names=["a", "b"])}
+    examples = [{"image": np.full((4, 4, 3), i, np.uint8), "label": i % 2} for i in range(4)]
+    secret = [{**example, "label": -1} for example in examples]
+    _tfds_set(monkeypatch, tmp_path / "a", features, ("image", "label"), examples, test=secret, validation=examples[:3])
+    assert len(data.load(Data(name="made", validation_fraction=0)).test) == 3
+    _tfds_set(monkeypatch, tmp_path / "b", features, ("image", "label"), examples, test=secret)
+    with pytest.raises(ValueError, match="test or validation split with labels"):
+        data.load(Data(name="made"))
 
 
 def test_tfds_sets_that_are_not_images_by_class(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import keras
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
@@ -94,6 +95,9 @@ def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devi
             f'Expected a model with a layer "head" for frozen_epochs. Received: {resolved["model"]} without'
         )
     _warn_of_an_idle_schedule(recipe, warn)
+    present = np.bincount(images.train.labels, minlength=len(images.classes))
+    if missing := [name for name, count in zip(images.classes, present, strict=True) if not count]:
+        warn(f"of {len(images.classes)} classes {len(missing)} have no training image: {', '.join(missing[:5])}")
     watch, watched = None, {"taps": taps, "signals": folder.plain(signals)}
     if taps:
         signals = {**signals, "log_dir": out if devices.leads else None}  # others measure too: it takes all devices
