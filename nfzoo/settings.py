@@ -78,6 +78,15 @@ class Group(_Frozen):
 NO_DECAY = Group(pattern="gain|bias|gamma|beta", weight_decay=0.0)
 
 
+# What each optimizer has of its own.
+OPTIMIZER_FIELDS = {
+    "adam": ("beta_1", "beta_2", "epsilon"),
+    "sgd": ("momentum", "nesterov"),
+    "momentum_sgd": ("momentum", "nesterov"),
+    "rmsprop": ("rho", "momentum", "epsilon"),
+}
+
+
 class Optimizer(_Frozen):
     """The fields of another optimizer than `name` are not used.
 

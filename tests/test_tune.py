@@ -465,3 +465,12 @@ def test_a_range_of_whole_numbers_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ValueError, match="batch_size"):
         space.spec(["sn_test_ffnn"], {"batch_size": space.Range(low=16, high=128)}, RECIPE, search="random")
     space.spec(["sn_test_ffnn"], {LR: space.Range(low=1e-3, high=1)}, RECIPE, search="random")
+
+
+def test_an_axis_that_the_optimizer_has_not_is_refused():
+    recipe = recipes.get("demo")  # Adam
+    with pytest.raises(ValueError, match="'optimizer.momentum' with adam; take --set optimizer.name="):
+        space.spec(["sn_test_ffnn"], {"optimizer.momentum": (0.8, 0.9)}, recipe)
+    names = {"optimizer.name": ("adam", "momentum_sgd"), "optimizer.momentum": (0.8, 0.9)}
+    assert space.spec(["sn_test_ffnn"], names, recipe).axes
+    assert space.spec(["sn_test_ffnn"], {"optimizer.beta_1": (0.8, 0.9)}, recipe).axes

@@ -7,6 +7,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nfzoo import recipes
+from nfzoo.settings import OPTIMIZER_FIELDS
 
 LEARNING_RATE = "optimizer.learning_rate"
 EPOCHS = "epochs"
@@ -142,6 +143,14 @@ class Spec(BaseModel):
             if path in self.axes:
                 raise ValueError(
                     f"Expected axes of settings. Received: {path!r}; name the seeds by --seeds, they repeat"
+                )
+        used = self.axes.get("optimizer.name", (self.recipe.optimizer.name,))
+        for path in self.axes:
+            having = [name for name, own in OPTIMIZER_FIELDS.items() if path.removeprefix("optimizer.") in own]
+            if path.startswith("optimizer.") and having and not set(having) & set(used):
+                raise ValueError(
+                    f"Expected axes that the optimizer has. Received: {path!r} with {', '.join(used)}; take "
+                    f"--set optimizer.name={having[-1]}"
                 )
         if self.search == "hyperband" and EPOCHS in self.axes:
             raise ValueError(f"Expected axes beside {EPOCHS!r}, which hyperband decides. Received: both")
