@@ -51,6 +51,27 @@ print(json.dumps(len(tf.config.list_logical_devices("CPU"))))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["bn_test_ffnn", "rescale_test_resnet"])
+def test_replicas_keep_one_state(model, tmp_path, fresh_process):
+    """Each sees a part of the batch; what is scored and what is saved has the statistics of all."""
+    code = f"""
+import json, sys
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from rich.console import Console
+from nfzoo import engine, recipes
+recipe = recipes.override(recipes.get("demo"), json.loads('{json.dumps({**SMALL, "epochs": 1, "agc": None})}'))
+devices = engine.Devices(mirrored=True)
+print(json.dumps(engine.run("{model}", recipe, sys.argv[1], console=Console(quiet=True), devices=devices)))
+"""
+    metrics = fresh_process(code, tmp_path / "run")
+    found = engine.evaluate(tmp_path / "run")
+    assert found["loss"] == pytest.approx(metrics["test_loss"], rel=1e-4)
+    assert found["accuracy"] == pytest.approx(metrics["test_accuracy"])
+
+
+@pytest.mark.slow
 def test_processes_that_share_each_batch(tmp_path):
     """On loopback, as on several machines."""
     environment = {**os.environ, "KERAS_BACKEND": "jax"}

@@ -89,10 +89,9 @@ class CenteringBias(keras.layers.Layer):
     def build(self, input_shape) -> None:
         channels = input_shape[-1:]
         self.bias = self.add_weight(name="bias", shape=channels, initializer="zeros")
-        self.moving_mean = self.add_weight(
-            name="moving_mean", shape=channels, initializer="zeros", trainable=False, autocast=False
-        )
-        self.count = self.add_weight(name="count", shape=(), initializer="zeros", trainable=False, autocast=False)
+        same = {"initializer": "zeros", "trainable": False, "autocast": False, "aggregation": "mean"}  # over replicas
+        self.moving_mean = self.add_weight(name="moving_mean", shape=channels, **same)
+        self.count = self.add_weight(name="count", shape=(), **same)
 
     def call(self, inputs, training=False):
         mean, count = ops.convert_to_tensor(self.moving_mean), ops.convert_to_tensor(self.count)

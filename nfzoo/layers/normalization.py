@@ -22,6 +22,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
     References: Ioffe & Szegedy 2015 (arXiv 1502.03167).
     """
 
+    def add_weight(self, *args, trainable=True, **kwargs):
+        # Replicas see parts of a batch: each would keep moving statistics of its own, of which one is saved.
+        if not trainable:
+            kwargs["aggregation"] = "mean"
+        return super().add_weight(*args, trainable=trainable, **kwargs)
+
     def call(self, inputs, training=None, mask=None):
         last = self.axis in (-1, len(inputs.shape) - 1)
         if not (training and self.trainable and last) or mask is not None or self.renorm or self.synchronized:
