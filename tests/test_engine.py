@@ -358,6 +358,38 @@ def _plain(*, classes, input_shape):
     return keras.Model(image, keras.layers.Dense(classes)(keras.layers.Flatten()(image)), name="plain")
 
 
+def test_a_registered_model_that_ends_with_a_softmax_learns_by_its_own_loss(tmp_path, console, monkeypatch):
+    def ended(**options):
+        plain = _plain(**options)
+        return keras.Model(plain.input, keras.layers.Softmax()(plain.output))
+
+    ends = {}
+    for name, build in (("plain", _plain), ("ended", ended)):
+        monkeypatch.setitem(names.USER_MODELS, name, build)
+        ends[name] = engine.run(name, _recipe(epochs=2, agc=None), tmp_path / name, taps=None, console=console)
+    assert ends["ended"]["test_loss"] == pytest.approx(ends["plain"]["test_loss"], rel=1e-4)
+    fused = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, activation="softmax")])
+    assert [engine.learning.gives_probabilities(net) for net in (fused, _plain(classes=2, input_shape=(4, 4, 3)))] == [
+        True,
+        False,
+    ]
+
+
+def test_a_class_without_training_images_is_said(tmp_path, console):
+    rng = np.random.default_rng(0)
+    arrays = {f"{s}_images": rng.integers(0, 255, (8, 8, 8, 3)).astype(np.uint8) for s in ("train", "test")}
+    arrays |= {"train_labels": np.arange(8) % 2, "test_labels": np.arange(8) % 3, "classes": np.array(["a", "b", "c"])}
+    np.savez(tmp_path / "rare.npz", **arrays)
+    recipe = _recipe(epochs=1, batch_size=4, **{"data.name": str(tmp_path / "rare.npz"), "data.limit": None})
+    engine.run("sn_test_ffnn", recipe, tmp_path / "run", taps=None, console=console)
+    assert "of 3 classes 1 have no training image: c" in console.export_text()
+
+
+def test_images_are_standardized_once(tmp_path):
+    with pytest.raises(ValueError, match="include_preprocessing, which the run decides"):
+        engine.run("sn_test_ffnn", _recipe(), tmp_path / "run", overrides={"include_preprocessing": True})
+
+
 @pytest.mark.parametrize(
     "schedule, told",
     [

@@ -19,9 +19,10 @@ import nfzoo
 from nfzoo import data, names, recipes
 from nfzoo.files import atomic, to_json
 
-# Arguments of `nfzoo.build` that follow from the data, or from training on logits.
+# Arguments of `nfzoo.build` that follow from the data, which a run standardizes, or from training on logits.
 DECIDED_BY_THE_RUN = {
     "classes", "input_shape", "input_tensor", "include_top", "features_only", "classifier_activation", "name",
+    "include_preprocessing",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import keras
 
 from nfzoo import data, names, optimizers, recipes, registry, schedules, weights
 from nfzoo.agc import AGC, matches
+from nfzoo.settings import OPTIMIZER_FIELDS
 from nfzoo.trainer import NFModel
 
 
@@ -22,27 +23,38 @@ def optimizer(recipe: recipes.Recipe, steps_per_epoch: int = 1) -> keras.optimiz
     """
     settings, ema = recipe.optimizer, recipe.ema
     kinds = {
-        "adam": (optimizers.Adam, ("beta_1", "beta_2", "epsilon")),
-        "sgd": (optimizers.SGD, ("momentum", "nesterov")),
-        "momentum_sgd": (optimizers.MomentumSGD, ("momentum", "nesterov")),
-        "rmsprop": (optimizers.RMSprop, ("rho", "momentum", "epsilon")),
-    }
-    kind, fields = kinds[settings.name]
-    return kind(
+        "adam": optimizers.Adam, "sgd": optimizers.SGD, "momentum_sgd": optimizers.MomentumSGD,
+        "rmsprop": optimizers.RMSprop,
+    }  # fmt: skip
+    return kinds[settings.name](
         schedules.learning_rate(recipe, steps_per_epoch),
         weight_decay=settings.weight_decay or None,
         groups=[group.model_dump() for group in settings.groups],
         gradient_accumulation_steps=settings.accumulate if settings.accumulate > 1 else None,
         **({"use_ema": True, "ema_momentum": ema.momentum, "ema_warmup": ema.warmup} if ema else {}),
-        **{field: getattr(settings, field) for field in fields},
+        **{field: getattr(settings, field) for field in OPTIMIZER_FIELDS[settings.name]},
     )
 
 
-def loss(recipe: recipes.Recipe) -> keras.losses.Loss:
-    """Cross-entropy of logits, against classes or, where the recipe mixes or smooths them, against vectors."""
+def loss(recipe: recipes.Recipe, net: keras.Model) -> keras.losses.Loss:
+    """Cross-entropy against classes or, where the recipe mixes or smooths them, against vectors.
+
+    Networks of the zoo give logits; a user's may end with a softmax.
+    """
+    logits = not gives_probabilities(net)
     if recipe.one_hot:
-        return keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing)
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        return keras.losses.CategoricalCrossentropy(from_logits=logits, label_smoothing=recipe.label_smoothing)
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=logits)
+
+
+def gives_probabilities(net: keras.Model) -> bool:
+    """Whether a network of one output ends with a softmax, of its last layer or as it, as far as its graph tells."""
+    if len(getattr(net, "outputs", None) or ()) != 1:
+        return False
+    last = net.outputs[0]._keras_history.operation
+    if isinstance(last, keras.Model):
+        return gives_probabilities(last)
+    return isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is keras.activations.softmax
 
 
 def new_model(resolved: dict, images: data.Images, recipe: recipes.Recipe) -> keras.Model:
@@ -76,11 +88,10 @@ def prepare(net: keras.Model, recipe: recipes.Recipe, steps_per_epoch: int, froz
     agc = None if recipe.agc is None else AGC(**recipe.agc.model_dump(), log_clipped=True)
     chosen = optimizer(_of_the_head(recipe) if frozen else recipe, steps_per_epoch)
     if isinstance(net, NFModel):
-        net.compile(chosen, loss(recipe), metrics=["accuracy"], agc=agc)
+        net.compile(chosen, loss(recipe, net), metrics=["accuracy"], agc=agc)
     else:  # a user's: Keras' own training step
-        net.compile(
-            optimizers.AdaptiveGradientClipping(chosen, net, agc) if agc else chosen, loss(recipe), metrics=["accuracy"]
-        )
+        chosen = optimizers.AdaptiveGradientClipping(chosen, net, agc) if agc else chosen
+        net.compile(chosen, loss(recipe, net), metrics=["accuracy"])
     net.optimizer.build(net.trainable_variables)
 
 

@@ -44,6 +44,6 @@ def first_bad_layer(state: State, batches: dict[str, data.Batches], recipe: reci
             bad.append(name)
         return output
 
-    with recording({layer.name: layer for layer in net.layers}, look):
+    with recording(net, {layer.name: layer for layer in net.layers}, look):
         net(images, **training_mode(net))
     return f"output of {bad[0].split('#')[0]}" if bad else None
