@@ -152,7 +152,7 @@ ALLOWED = {
     "callbacks.py": {"backend", "files", "optimizers"},
     "names.py": {f"models.{n}" for n in ("efficientnet", "ffnn", "nfnet", "regnet", "resnet")} | {"models", "variants"},
     "registry.py": {"names", "models.sites", "variants", "trainer", "weights", "convert", "convert.published"},
-    "tune/space.py": {"recipes"},
+    "tune/space.py": {"recipes", "settings"},
     "tune/plan.py": {"tune.space"},
     "tune/results.py": {"recipes", "tune.space"},
     "tune/trials.py": {"callbacks", "engine", "files", "tune.plan", "tune.space"},

@@ -233,7 +233,7 @@ CONTESTS: dict[str, Contest] = {
             Row("NF, gain 1, plain depthwise", "pnf_efficientnet_b0", **_BUDGET_B),
             Row("NF, gain 1, plain", "nf_efficientnet_b0", build=_PLAIN_SILU, **_BUDGET_B),
         ],
-        rates=(1e-3, 2e-3, 4e-3),
+        rates=(2e-3, 4e-3, 8e-3),
         trial_epochs=3,
         semifinalists=2,
         finalists=2,
