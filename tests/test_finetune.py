@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 import nfzoo
-from nfzoo import callbacks, data, engine, recipes, spp, weights
+from nfzoo import callbacks, data, engine, recipes, registry, spp, weights
 from nfzoo.convert import published
 from nfzoo.engine import learning
+from nfzoo.export import source
 
 MODEL = "bn_test_ffnn"  # with moving statistics, which have to rest as well
 HEAD = {"head/kernel", "head/bias"}
@@ -170,8 +171,22 @@ def test_published_weights_decide_the_dialect(classes, tmp_path, monkeypatch, co
     pooled = [keras.Model(m.input, m.get_layer("top_pool").output)(x) for m in (ours, theirs)]
     np.testing.assert_allclose(*pooled, atol=1e-5)
     assert ours.output_shape == (None, 4)
+    # The images are those that the weights know, whatever the new ones' own mean.
+    expected = {key: list(value) for key, value in registry.PREPROCESSING.items()}
+    found = engine.read_options(tmp_path / "run")["images"]
+    assert {key: found[key] for key in expected} == expected
+    assert source.source_of(tmp_path / "run", 2).card["input"]["mean"] == expected["mean"]
     if classes == 4:
         assert np.abs(ours.get_layer("head").kernel.numpy() - theirs.get_layer("head").kernel.numpy()).mean() > 1e-3
+
+
+def test_images_that_weights_expect():
+    known = weights.entry_of("bn_efficientnet_b0", "cifar100")["input"]
+    resolved = {"model": "bn_efficientnet_b0", "build": {"weights": "cifar100"}}
+    assert list(learning.load_images(resolved, _recipe()).mean) == known["mean"]
+    resolved = {"model": "bn_resnet50", "build": {"weights": "imagenet"}}
+    with pytest.raises(ValueError, match="which take BGR less the means.*weights=timm"):
+        learning.load_images(resolved, _recipe())
 
 
 def test_weights_are_asked_for_and_have_to_fit(pretrained, tmp_path, console):

@@ -182,12 +182,14 @@ def _patient(name: str, recipe, overrides: dict, steps: int) -> tuple:
     stored = name.endswith(".keras")
     if not stored and library != "keras.applications":
         names.parse(name)
-    images = data.load(recipe.data, recipe.seed)
+    ours = not stored and library != "keras.applications"
+    resolved = engine.options(name, recipe, overrides) if ours else {}
+    images = learning.load_images(resolved, recipe) if ours else data.load(recipe.data, recipe.seed)
     keras.utils.set_random_seed(recipe.seed)
     batches = data.pipeline(images, recipe)["train"]
-    if not stored and library != "keras.applications":  # as `nfzoo train` makes it
+    if ours:  # as `nfzoo train` makes it
         with learning.precision(recipe.precision):
-            net = learning.new_model(engine.options(name, recipe, overrides), images, recipe)
+            net = learning.new_model(resolved, images, recipe)
             learning.prepare(net, recipe, len(batches))
         x, y = map(np.concatenate, zip(*(batches[i] for i in range(min(steps, len(batches)))), strict=True))
         return net, x, y

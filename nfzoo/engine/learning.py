@@ -1,6 +1,7 @@
 """What a recipe makes of a network: a model, compiled with its optimizer and its loss."""
 
 import contextlib
+import dataclasses
 
 import keras
 
@@ -36,12 +37,12 @@ def optimizer(recipe: recipes.Recipe, steps_per_epoch: int = 1) -> keras.optimiz
     )
 
 
-def loss(recipe: recipes.Recipe, net: keras.Model) -> keras.losses.Loss:
+def loss(recipe: recipes.Recipe, net: keras.Model | None = None) -> keras.losses.Loss:
     """Cross-entropy against classes or, where the recipe mixes or smooths them, against vectors.
 
     Networks of the zoo give logits; a user's may end with a softmax.
     """
-    logits = not gives_probabilities(net)
+    logits = net is None or not gives_probabilities(net)
     if recipe.one_hot:
         return keras.losses.CategoricalCrossentropy(from_logits=logits, label_smoothing=recipe.label_smoothing)
     return keras.losses.SparseCategoricalCrossentropy(from_logits=logits)
@@ -55,6 +56,32 @@ def gives_probabilities(net: keras.Model) -> bool:
     if isinstance(last, keras.Model):
         return gives_probabilities(last)
     return isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is keras.activations.softmax
+
+
+def load_images(resolved: dict, recipe: recipes.Recipe) -> data.Images:
+    """The images of a run, to be standardized as those were that its weights come from, if that is known.
+
+    Raises:
+        ValueError: for published weights that expect something else than images less a mean over a deviation.
+    """
+    images = data.load(recipe.data, recipe.seed)
+    model, given = names.canonical(resolved["model"]), resolved["build"].get("weights")
+    if model in names.USER_MODELS or not given:
+        return images
+    if given in registry.PUBLISHERS:
+        from nfzoo.convert import published
+
+        constants = published.preprocessing(given, published.find(model, given, resolved["build"].get("dialect"))[0])
+        if constants is None:
+            raise ValueError(
+                f"Expected weights of images less a mean, over a deviation. Received: weights={given!r} for {model}, "
+                "which take BGR less the means of its channels; weights=timm has others"
+            )
+    else:
+        constants = (weights.entry_of(model, str(given)) or {}).get("input")
+    if not constants:
+        return images
+    return dataclasses.replace(images, **{key: tuple(constants[key]) for key in ("mean", "std")})
 
 
 def new_model(resolved: dict, images: data.Images, recipe: recipes.Recipe) -> keras.Model:

@@ -86,7 +86,7 @@ def run(
 
 def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devices) -> dict:
     warn = lambda text: console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)  # noqa: E731
-    images = data.load(recipe.data, recipe.seed)
+    images = learning.load_images(resolved, recipe)
     state = start(out, resolved, recipe, images, warn)
     if state.began:
         console.print(f"resuming {out} after {_position(state)}", markup=False, soft_wrap=True)

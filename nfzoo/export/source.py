@@ -137,15 +137,15 @@ def _is_path(given: str) -> bool:
 def _of_run(folder: pathlib.Path, examples: int) -> Source:
     options, metrics = engine.read_options(folder), engine.read_metrics(folder)
     recipe = recipes.Recipe.model_validate(options["recipe"])
-    images = data.load(recipe.data, recipe.seed)
+    images, constants = data.load(recipe.data, recipe.seed), options["images"]
     x, calibration = (
-        data.Batches(data.subset(split, min(examples, len(split))), examples, images.mean, images.std)[0][0]
+        data.Batches(data.subset(split, min(examples, len(split))), examples, constants["mean"], constants["std"])[0][0]
         for split in (images.test, images.train)
     )
     card = {
         "model": options["model"],
         "build": options["build"],
-        "input": {"shape": [None, *x.shape[1:]], "mean": list(images.mean), "std": list(images.std), "of": "x / 255"},
+        "input": {"shape": [None, *x.shape[1:]], "mean": constants["mean"], "std": constants["std"], "of": "x / 255"},
         "classes": list(images.classes),
         "data": images.name,
         "metrics": {k: metrics.get(k) for k in ("test_accuracy", "epochs")},

@@ -138,7 +138,8 @@ class Reduction:
 
 
 _RATIOS = {
-    "update_to_weight": "Norm of a training step's change of a weight over the weight's norm.",
+    "update_to_weight": "Norm of a training step's change of a weight over the weight's norm; of a probe, that of all "
+    "steps that end together (steps_per_execution).",
     "to_weight": "Norm of a weight's gradient over the weight's norm.",
     "agc_clipped": "Share of a weight's units that adaptive gradient clipping clips (arXiv 2102.06171, equation 3), by "
     "the model's own settings or the default ones.",

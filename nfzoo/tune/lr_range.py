@@ -39,13 +39,14 @@ class RangeTest:
 def prepare(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -> tuple[keras.Model, data.Batches]:
     """A model of the zoo as a run would start with it, and its training batches; the learning rate is constant."""
     recipe = recipe.model_copy(update={"schedule": recipes.Schedule()})
-    images = data.load(recipe.data, recipe.seed)
+    resolved = engine.options(model, recipe, overrides)
+    images = learning.load_images(resolved, recipe)
     batches = data.pipeline(images, recipe)["train"]
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(recipe.precision)
     try:
         keras.utils.set_random_seed(recipe.seed)
-        net = learning.new_model(engine.options(model, recipe, overrides), images, recipe)
+        net = learning.new_model(resolved, images, recipe)
         learning.prepare(net, recipe, len(batches))
     finally:
         keras.config.set_dtype_policy(before)
