@@ -104,7 +104,7 @@ class SignalPropagation(keras.callbacks.Callback):
         self.live: LiveSignals | None = None
         self._measured: int | None = None
         self._before: dict[str, np.ndarray] = {}
-        self.epoch = self.step = self.start = 0
+        self.epoch = self.step = self.start = self.start_step = 0
         self.steps_done: int | None = None
         self._again = self._begun = False
 
