@@ -263,6 +263,8 @@ def test_of_several_to_beat_the_best_on_validation_is_the_one(results, contest, 
     monkeypatch.setattr(signals, "FIGURES", results)
     gap.picture("tiny", pd.read_csv(results / "gap.csv"))
     assert [found.row.nunique() for found in drawn[0][:2]] == [4, 3] and drawn[0][2] == "selu"
+    gap.picture("tiny", pd.read_csv(results / "gap.csv").iloc[:-1])  # one final is missing
+    assert not len(drawn[1][1]) and drawn[1][2] == "relu"
 
 
 def test_a_final_that_another_table_holds_is_not_run_again(results, contest, monkeypatch):
