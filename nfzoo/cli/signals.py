@@ -180,9 +180,9 @@ def _patient(name: str, recipe, overrides: dict, steps: int) -> tuple:
     if library == "keras.applications" and not callable(getattr(keras.applications, function, None)):
         raise ValueError(f"Expected the name of a network of keras.applications. Received: {function!r}")
     stored = name.endswith(".keras")
-    if not stored and library != "keras.applications":
-        names.parse(name)
     ours = not stored and library != "keras.applications"
+    if ours:
+        names.parse(name)
     resolved = engine.options(name, recipe, overrides) if ours else {}
     images = learning.load_images(resolved, recipe) if ours else data.load(recipe.data, recipe.seed)
     keras.utils.set_random_seed(recipe.seed)

@@ -149,8 +149,8 @@ class Spec(BaseModel):
             having = [name for name, own in OPTIMIZER_FIELDS.items() if path.removeprefix("optimizer.") in own]
             if path.startswith("optimizer.") and having and not set(having) & set(used):
                 raise ValueError(
-                    f"Expected axes that the optimizer has. Received: {path!r} with {', '.join(used)}; take "
-                    f"--set optimizer.name={having[-1]}"
+                    f"Expected axes that the optimizer has. Received: {path!r} with {', '.join(used)}; "
+                    f"--set optimizer.name=… takes those that have it: {', '.join(having)}"
                 )
         if self.search == "hyperband" and EPOCHS in self.axes:
             raise ValueError(f"Expected axes beside {EPOCHS!r}, which hyperband decides. Received: both")
