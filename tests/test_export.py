@@ -379,3 +379,9 @@ def test_exported_weights_load_by_their_tag(tmp_path, monkeypatch):
         export.export(net, tmp_path / "bn_test_resnet.timm.safetensors")
     with pytest.raises(ValueError, match="preprocess=False with weights"):
         export.export(net, tmp_path / "bn_test_resnet.raw.safetensors", preprocess=True)
+
+
+def test_images_that_are_given_take_the_place_of_a_runs(run):
+    shape = engine.load_run(run).input_shape[1:]
+    found = source.source_of(run, 2, images=np.ones((3, *shape)))
+    assert found.images.shape == (2, *shape) and found.images.dtype == "float32"

@@ -53,7 +53,7 @@ def source_of(
     Raises:
         FileNotFoundError, ValueError: for anything else.
     """
-    source = _found(given, 0 if images is not None else examples, _stated(mean, std))
+    source = _found(given, examples, _stated(mean, std), photographs=images is None)
     if classes is not None:
         source = replace(source, card=_with_classes(source, list(classes)))
     source = replace(source, model=_in_float32(source.model))
@@ -114,9 +114,9 @@ def _in_float32(model: keras.Model) -> keras.Model:
     return twin
 
 
-def _found(given: keras.Model | str | pathlib.Path, examples: int, stated: dict) -> Source:
+def _found(given: keras.Model | str | pathlib.Path, examples: int, stated: dict, photographs: bool) -> Source:
     if isinstance(given, keras.Model):
-        return _of_model(given, {"model": given.name, **stated}, examples)
+        return _of_model(given, {"model": given.name, **stated}, examples, photographs)
     if stated:
         raise ValueError(f"Expected mean and std of a Keras model alone. Received: {given}, whose own are known")
     if pathlib.Path(given).is_dir() or _is_path(str(given)):
@@ -127,7 +127,7 @@ def _found(given: keras.Model | str | pathlib.Path, examples: int, stated: dict)
     card = {"model": str(given), **{key: entry[key] for key in keys if key in (entry or {})}}
     source = published.source_of(str(given))
     constants = published.preprocessing(source, name) if source else registry.PREPROCESSING
-    return _of_model(registry.build(str(given)), {"input": constants, **card}, examples)
+    return _of_model(registry.build(str(given)), {"input": constants, **card}, examples, photographs)
 
 
 def _is_path(given: str) -> bool:
@@ -158,14 +158,15 @@ def _of_run(folder: pathlib.Path, examples: int) -> Source:
     return Source(engine.load_run(folder), x, calibration, card)
 
 
-def _of_model(model: keras.Model, card: dict, examples: int) -> Source:
+def _of_model(model: keras.Model, card: dict, examples: int, photographs: bool) -> Source:
+    """A model with photographs, or with no images at all where others are given."""
     shape = model.input_shape[1:]
     if isinstance(model.input_shape, list) or len(shape) != 3:
         raise ValueError(f"Expected a model of one batch of images. Received: inputs of shape {model.input_shape}")
     size, photographed = tuple(side or 224 for side in shape[:2]), shape[-1] in (1, 3)
-    if examples and not photographed:
+    if photographs and not photographed:
         raise ValueError(f"Expected images= beside a model of {shape[-1]} channels: photographs have 1 or 3")
-    x = _photographs(size, shape[-1], min(examples, 64)) if examples else np.zeros((0, *size, shape[-1]))
+    x = _photographs(size, shape[-1], min(examples, 64)) if photographs else np.zeros((0, *size, shape[-1]))
     constants = card.get("input", registry.PREPROCESSING if photographed else {"mean": [0.0], "std": [1.0]})
     mean, std = (np.asarray(constants[key]) for key in ("mean", "std"))
     if shape[-1] == 1:  # grey images, and perhaps the constants of colours
