@@ -307,15 +307,23 @@ def multiply_adds(model: Any) -> int:
 
 def measure(name: str, **overrides) -> dict:
     """Build a model and count it: the part of `ModelInfo` that a spec does not tell."""
-    return _counts(_undrawn(name, overrides), name, overrides)
+    return _counts(undrawn(name, **overrides), name, overrides)
 
 
-def _undrawn(name: str, overrides: dict) -> Any:
+def undrawn(name: str, **build_options) -> Any:
+    """Build a model of which only shapes, names and settings are wanted: its variables hold no values."""
     import keras
+    from keras.src.backend.common import global_state
 
-    # Counting needs shapes only: within a stateless scope the variables are never drawn.
-    with keras.StatelessScope():
-        return build(name, **overrides)
+    # A stateless scope registers its variables and draws them when it ends, or, told not to, when the next one does:
+    # gigabytes and half a minute for the largest networks. Keras has no public way to forget them.
+    registered = "uninitialized_variables"
+    before = list(global_state.get_global_attribute(registered) or ())
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            return build(name, **build_options)
+    finally:
+        global_state.set_global_attribute(registered, before)
 
 
 def _counts(model: Any, name: str, overrides: dict) -> dict:
@@ -360,7 +368,7 @@ def model_info(name: str, **overrides) -> ModelInfo:
     spec, paper = parsed.spec, FAMILIES[parsed.family].PAPER
     size, classes = spec.input_shape[0], spec.classes
     if overrides or parsed.overrides:  # the variants import Keras
-        spec, model = resolve_fields(parsed, overrides_of(overrides))[1], _undrawn(name, overrides)
+        spec, model = resolve_fields(parsed, overrides_of(overrides))[1], undrawn(name, **overrides)
         counts, size = _counts(model, name, overrides), model.input_shape[1]
         classes = next((layer.units for layer in model.layers if layer.name == "head"), classes)
     else:

@@ -163,3 +163,15 @@ def test_information_on_weights_is_that_of_their_network():
     info = nfzoo.model_info("bn_efficientnet_b0", weights="cifar100")
     assert (info.input_size, info.classes) == (32, 100) and info.parameters < nfzoo.model_info(info.name).parameters
     assert nfzoo.model_info("bn_test_resnet", classes=7).classes == 7
+
+
+def test_what_is_counted_is_never_drawn(monkeypatch):
+    def draw(*args, **kwargs):
+        raise MemoryError("drawn")
+
+    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", draw)
+    with pytest.raises(MemoryError, match="drawn"):
+        nfzoo.build("bn_test_resnet")
+    assert registry.measure("bn_test_resnet") == registry._manifest()["bn_test_resnet"]
+    with keras.StatelessScope():
+        keras.Variable("zeros", (1,))  # the end of a scope draws all that was registered before it

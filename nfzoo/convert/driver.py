@@ -69,8 +69,7 @@ def load(name: str, source: str, weights: Any, model_name: str | None = None, **
 
 def _whole(name: str, options: dict, rename: Callable) -> frozenset[str]:
     """Names of all the source's tensors of a network, of which a model without its top leaves some."""
-    with keras.StatelessScope():  # names only: no weight is drawn
-        return frozenset(rename(v.path) for v in registry.build(name, **registry.overrides_of(options)).weights)
+    return frozenset(rename(v.path) for v in registry.undrawn(name, **registry.overrides_of(options)).weights)
 
 
 def as_tensors(
@@ -94,10 +93,8 @@ def as_tensors(
 
 def _check_reading(model: keras.Model, name: str, target: str, options: dict) -> None:
     """Refuse a model that computes something else than the target with the same numbers."""
-    with keras.StatelessScope():  # shapes and settings only: no weight is drawn
-        settings = {**registry.overrides_of(options), "input_shape": model.input_shape[1:], "dropout_rate": 0.0}
-        expected = registry.build(name, **settings)
-    ours, theirs = reading(model), reading(expected)
+    settings = {**registry.overrides_of(options), "input_shape": model.input_shape[1:], "dropout_rate": 0.0}
+    ours, theirs = reading(model), reading(registry.undrawn(name, **settings))
     layers = [layer for layer in ours if ours[layer] != theirs.get(layer)]
     if layers:
         raise ValueError(

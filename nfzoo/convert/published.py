@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import keras
-
 from nfzoo import names, registry, weights
 from nfzoo.convert import driver
 from nfzoo.fetch import fetch
@@ -123,10 +121,9 @@ def _check_overrides(architecture: str, source: str, options: dict) -> None:
     if not overrides:
         return
     size = {"input_shape": options.get("input_shape")} if options.get("input_tensor") is None else {}
-    with keras.StatelessScope():  # settings only: no weight is drawn
-        ours, theirs = (
-            weights.reading(registry.build(architecture, **of)) for of in (spoken | overrides | size, spoken | size)
-        )
+    ours, theirs = (
+        weights.reading(registry.undrawn(architecture, **of)) for of in (spoken | overrides | size, spoken | size)
+    )
     differing = [layer for layer in ours.keys() | theirs.keys() if ours.get(layer) != theirs.get(layer)]
     if differing:
         raise ValueError(
