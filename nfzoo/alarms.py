@@ -1,8 +1,8 @@
 """What is wrong with a signal: alarms from a log of signal propagation. pandas only, no Keras.
 
 Explosion, collapse, mean shift and vanishing gradients are judged on the stream: the outputs of blocks and merges where
-the log has any, else every layer but the last, which is the classifier. Branches are left out there because Fixup and
-SkipInit make them zero on purpose at initialisation.
+the log has any, else every layer but the last, which is the classifier. Branches are left out there because Fixup makes
+them zero on purpose at initialisation.
 """
 
 import math

@@ -47,7 +47,7 @@ def gamma(activation: str) -> float:
         >>> round(gamma("relu"), 4)
         1.714
 
-    References: NFNet paper, section 3, equation 2.
+    References: NFNet paper, section 3.
     """
     key = ALIASES.get(activation, activation)
     if key not in GAMMA:

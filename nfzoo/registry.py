@@ -101,7 +101,8 @@ def build(
         classifier_activation: None gives logits (train with `from_logits=True`), "softmax" probabilities.
         include_preprocessing: take raw images in [0, 255] and standardize them: True with the constants that the
             weights were trained with, else ImageNet's; or {"mean": (…), "std": (…)}, of x / 255.
-        dropout_rate, drop_path_rate: before the classifier; stochastic depth of the last block.
+        dropout_rate: before the classifier. drop_path_rate: of stochastic depth, growing linearly over the blocks to
+            this or, by the family's rule, to just below it (`nfzoo.numerics.drop_path_rates`).
         stem: "imagenet" (stride 2) or "small" (stride 1, for 32x32 images).
         features_only: return the last map of each stride as {"P2": …, "P5": …}, strides 4 to 32; EfficientNets have P1
             too, and a small stem shifts all. `model.feature_info` tells strides and channels.

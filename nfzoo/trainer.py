@@ -28,7 +28,8 @@ class NFModel(Step, keras.Model):
     Example:
         >>> import nfzoo
         >>> model = nfzoo.build("nf_test_efficientnet", classes=10)
-        >>> model.compile("sgd", "sparse_categorical_crossentropy", agc=nfzoo.AGC(0.01))
+        >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        >>> model.compile("sgd", loss, agc=nfzoo.AGC(0.01))
         >>> model.agc.clip_factor
         0.01
     """

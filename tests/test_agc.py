@@ -175,7 +175,7 @@ def test_the_share_that_is_logged_is_the_mean_of_an_epoch():
     rng, shares = np.random.default_rng(0), []
     x, y = rng.standard_normal((20, 16, 16, 3)).astype("float32"), np.arange(20) % 4
     x[16:] *= 1e-4  # a batch of small gradients
-    model = nfzoo.build("nf_test_resnet", input_shape=(16, 16, 3), classes=4)
+    model = nfzoo.build("sn_test_ffnn", input_shape=(16, 16, 3), classes=4)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.0), loss, agc=nfzoo.AGC(0.02, log_clipped=True))
     for start in range(0, 20, 4):
@@ -270,7 +270,7 @@ def test_agc_must_be_a_configuration():
 def test_compile_state_survives_saving(tmp_path, images):
     """A functional subclass that overrides `compile` carelessly loses its arguments on load."""
     config = nfzoo.AGC(0.02, exclude=("head/.*",), vector_units="element")
-    model = nfzoo.build("sn_test_efficientnet", dropout_rate=0.0)
+    model = nfzoo.build("sn_test_ffnn", dropout_rate=0.0)
     model.compile(keras.optimizers.Adam(1e-2), crossentropy(), metrics=["accuracy"], agc=config)
     model.fit(*images, verbose=0)
     model.save(tmp_path / "model.keras")

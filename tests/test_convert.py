@@ -196,7 +196,10 @@ def _write_legacy(theirs, path, root=""):
                 part.create_dataset(key, data=value)
 
 
-@pytest.mark.parametrize("form", ["live", "mapping", "legacy", "legacy model", "weights.h5", "keras"])
+FORMS = ["live", "mapping", "legacy", "legacy model", "weights.h5", "keras"]
+
+
+@pytest.mark.parametrize("form", slow_but(["mapping", "legacy", "keras"], FORMS))
 def test_every_form_of_keras_weights(application, form, tmp_path):
     theirs, tensors, classes = application
     path = tmp_path / {"weights.h5": "a.weights.h5", "keras": "a.keras"}.get(form, "a.h5")

@@ -1,8 +1,10 @@
 """Who may import whom, how long an import takes, and what works without TensorFlow."""
 
 import ast
+import itertools
 import pathlib
 import pkgutil
+import re
 import statistics
 import subprocess
 import sys
@@ -41,7 +43,33 @@ def test_frameworks_stay_in_their_files():
     assert _users("tensorflow_datasets") <= {"sources.py"}
     assert _users("jax") <= {"backend/jax.py", "engine/folder.py"}
     assert all(path.startswith("plots/") for path in _users("matplotlib"))
+    assert all(path.startswith("report/") for path in _users("plotly"))
     assert _users("keras_tuner") == {"tune/plan.py", "tune/workers.py"}
+
+
+def test_the_architecture_tells_who_imports_whom():
+    """The last column of its table names, of every file of the first, the packages and modules that it imports."""
+    rows = re.findall(r"^\| (`[^|]+) \| .*? \| ([^|]*) ?\|$", (ROOT / "ARCHITECTURE.md").read_text(), re.M)
+    seen = 0
+    for files, may in rows:
+        if "everything" in may:
+            continue
+        words = set(re.findall(r"[a-z_]+", may))
+        for path in itertools.chain.from_iterable(map(_paths, re.findall(r"`([^`]+(?:py|/))`", files))):
+            seen += 1
+            package = path.relative_to(ROOT).parts[0].removesuffix(".py")
+            imported = {tuple(name.split(".")[1:3]) for name in _imports(path) if name.startswith("nfzoo.")}
+            missing = {parts for parts in imported if parts[0] != package and not words & set(parts)}
+            assert not missing, (path, missing, may)
+    assert seen > 80
+
+
+def _paths(pattern):
+    """Files that a cell names: "a.py", "folder/", "folder/{a,b}.py"."""
+    head, _, rest = pattern.partition("{")
+    inner, _, tail = rest.partition("}")
+    names = [head + name + tail for name in inner.split(",")] if rest else [pattern]
+    return [path for name in names for path in ((ROOT / name).rglob("*.py") if name.endswith("/") else [ROOT / name])]
 
 
 @pytest.mark.parametrize(

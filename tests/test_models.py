@@ -63,7 +63,7 @@ def test_output_is_finite_and_every_variable_has_a_gradient(tiny):
 
 # The others with the slow tests.
 SAVED = ("gn_test_nfnet", "sn_test_efficientnet", "rescale_test_efficientnet", "eun_test_resnet", "nf_test_regnet")
-SOME = ("bn_test_resnet", "nf_test_resnet")
+SOME = ("nf_test_resnet",)
 
 
 @pytest.mark.parametrize("name", slow_but(SOME, TINY))
@@ -286,6 +286,7 @@ def test_variance_profile_of_sn(overrides, expected):
     np.testing.assert_allclose(np.mean(profiles, 0), expected, rtol=0.25)
 
 
+@pytest.mark.slow
 def test_variance_profile_of_bn():
     np.testing.assert_allclose(_profile("bn_efficientnet_b0", epsilon=1e-5)[1:], BN, rtol=0.05)
 

@@ -90,7 +90,7 @@ def test_gradients_at_taps_equal_finite_differences():
         assert got.flat[i] == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", slow_but(["bn_test_resnet"], ["bn_test_resnet", "nf_test_efficientnet"]))
+@pytest.mark.parametrize("name", slow_but(["bn_test_ffnn"], ["bn_test_ffnn", "bn_test_resnet", "nf_test_efficientnet"]))
 def test_probing_touches_nothing(name, images):
     """A probe in training mode would move BN's statistics and the dropout stream; the next step must not notice it."""
 

@@ -77,8 +77,11 @@ def test_weights_of_another_architecture_are_listed_and_nothing_is_written(model
     assert all(np.array_equal(a, b) for a, b in zip(before, target.get_weights(), strict=True))
 
 
+OTHERWISE = [{"stem": "small"}, {"dialect": "timm"}, {"epsilon": 1e-5}]
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".keras"])
-@pytest.mark.parametrize("overrides", [{"stem": "small"}, {"dialect": "timm"}, {"epsilon": 1e-5}])
+@pytest.mark.parametrize("overrides", slow_but(OTHERWISE[:1], OTHERWISE))
 def test_weights_of_a_network_that_computes_otherwise_are_refused(overrides, suffix, tmp_path):
     """Strides, padding and epsilon are no weights: names and shapes fit, and the outputs would be others."""
     path = tmp_path / f"other{suffix}"

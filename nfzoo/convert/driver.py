@@ -24,7 +24,8 @@ def load(name: str, source: str, weights: Any, model_name: str | None = None, **
         name: of an architecture, ours or the source's, e.g. "nf_resnet50", "dm_nfnet_f0", "EfficientNetB0".
         source: "timm", "deepmind" or "keras". It decides the dialect, unless the name or an option does.
         weights: timm: a mapping, .safetensors, .pth or .bin; deepmind: a mapping ("module/name" or nested), a pickle as
-            released, or .npz; keras: a live model, legacy .h5 or .weights.h5. Pickles are read without running code.
+            released, or .npz; keras: a live model, a mapping, legacy .h5, .weights.h5 or .keras. Pickles are read
+            without running code.
         model_name: of the Keras model; default: the architecture's.
         **build_options: of `nfzoo.build`. The number of classes is the file's unless given; a file without a
             classifier gives a model without one.
@@ -33,6 +34,7 @@ def load(name: str, source: str, weights: Any, model_name: str | None = None, **
         The model. With equal weights it computes the source's logits.
 
     Raises:
+        FileNotFoundError: if `weights` names no file.
         ValueError: what is left on either side, or has another shape, is listed; nothing is written then.
 
     Example:

@@ -48,7 +48,7 @@ def fold(model: keras.Model, portable: bool = True) -> keras.Model:
     Args:
         model: a functional or sequential model of nfzoo's and Keras' layers.
         portable: use Keras' own layers alone, so that the result loads where nfzoo is not installed. Else grouped
-            convolutions stay nfzoo's, which on a TensorFlow CPU are some three times faster than Keras'.
+            convolutions stay nfzoo's, which in inference on a TensorFlow CPU are some three times as fast as Keras'.
 
     Returns:
         A `keras.Model` in float32 of the same outputs in inference, up to rounding. To fold it again changes nothing.

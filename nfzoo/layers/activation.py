@@ -47,7 +47,7 @@ class ScaledActivation(keras.layers.Layer):
         >>> round(float(np.var(ScaledActivation("relu")(z))), 1)
         1.0
 
-    References: NFNet paper (arXiv 2102.06171), section 3, equation 2.
+    References: NFNet paper (arXiv 2102.06171), section 3.
     """
 
     def __init__(self, activation: str, **kwargs):

@@ -65,7 +65,9 @@ def _check_order(layer: keras.Layer) -> None:
 
 @register
 class Conv2D(keras.layers.Conv2D):
-    """`keras.layers.Conv2D` as fast as the backend can: grouped ones 29 times, 1 x 1 up to 4 times on a TensorFlow CPU.
+    """`keras.layers.Conv2D` as fast as the backend can.
+
+    In training on a TensorFlow CPU grouped ones are 29 times as fast as Keras', 1 x 1 on small maps up to 4 times.
 
     Args: of `keras.layers.Conv2D`; channels last.
 

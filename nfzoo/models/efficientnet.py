@@ -23,7 +23,8 @@ class Spec:
         width, depth: multipliers of channels and of blocks per stage.
         size: default input height and width, pixels; test_size: for evaluation, None for the same.
         dialect: "keras" (TensorFlow's padding, epsilon 1e-3) or "timm" (symmetric padding, epsilon 1e-5).
-        dropout_rate: before the classifier. drop_path_rate: of the last block, growing linearly with depth.
+        dropout_rate: before the classifier. drop_path_rate: of stochastic depth, growing linearly from 0; the last
+            block stays one step below it.
         padding: "same" (TensorFlow, Keras) or "symmetric" (PyTorch).
         stem: "imagenet" has stride 2, "small" stride 1 for 32x32 images.
         channels, repeats, kernels, strides, expansions: per stage, before scaling.
