@@ -250,5 +250,10 @@ def pipeline(images: Images, recipe: Recipe, shard: tuple[int, int] = (0, 1), mu
 
 
 def subset(split: Split, n: int, seed: int = 0) -> Split:
-    """A random part of a split, e.g. the fixed probe of signal propagation."""
+    """A random part of a split, e.g. the fixed probe of signal propagation; all of it where it has no more images.
+
+    Example:
+        >>> len(subset(Split(np.zeros((10, 8, 8, 3), np.uint8), np.arange(10)), 4))
+        4
+    """
     return split.take(np.random.default_rng([seed, 4]).permutation(len(split))[:n])

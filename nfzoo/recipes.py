@@ -8,7 +8,8 @@ import difflib
 import hashlib
 import json
 import re
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -206,8 +207,7 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
             node = node[parent]
         if parents[:1] != ["build"]:
             _known(path, leaf, node)
-        field = kind.model_fields.get(leaf) if kind else None
-        node[leaf] = value if field and field.annotation is str else parse_value(value)  # a name may look like a number
+        node[leaf] = value if _is_text(kind, leaf, value) else parse_value(value)  # a name may look like a number
     return _validated(recipe, tree)
 
 
@@ -224,6 +224,15 @@ def _settings(kind: type[BaseModel] | None, name: str) -> type[BaseModel] | None
     found = kind.model_fields[name].annotation if kind else None
     parts = [part for part in (found, *get_args(found)) if isinstance(part, type) and issubclass(part, BaseModel)]
     return parts[0] if parts else None
+
+
+def _is_text(kind: type[BaseModel] | None, leaf: str, value: Any) -> bool:
+    """Whether a value is meant as it is written: of a setting that takes texts, and perhaps none, but no number."""
+    field = kind.model_fields.get(leaf) if kind else None
+    kind = field.annotation if field else None
+    taken = set(get_args(kind)) if get_origin(kind) is UnionType else {kind}
+    none = NoneType in taken and str(value).lower() == "none"
+    return str in taken and not taken & {int, float} and not none
 
 
 def _known(path: str, key: str, node: Any) -> None:

@@ -42,7 +42,7 @@ class Augment(_Frozen):
     crop_padding: int = Field(0, ge=0)
     flip: bool = False
     mixup: float = Field(0.0, ge=0)
-    cutmix: float = Field(0.0, ge=0, le=1)
+    cutmix: float = Field(0.0, ge=0)
     rand_augment: RandAugment | None = None
     random_erasing: float = Field(0.0, ge=0, le=1)
     on_validation: bool = False

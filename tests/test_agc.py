@@ -270,7 +270,7 @@ def test_agc_must_be_a_configuration():
 def test_compile_state_survives_saving(tmp_path, images):
     """A functional subclass that overrides `compile` carelessly loses its arguments on load."""
     config = nfzoo.AGC(0.02, exclude=("head/.*",), vector_units="element")
-    model = nfzoo.build("sn_test_ffnn", dropout_rate=0.0)
+    model = nfzoo.build("sn_test_ffnn", size=32, dropout_rate=0.0)
     model.compile(keras.optimizers.Adam(1e-2), crossentropy(), metrics=["accuracy"], agc=config)
     model.fit(*images, verbose=0)
     model.save(tmp_path / "model.keras")

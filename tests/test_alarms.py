@@ -223,6 +223,7 @@ def _chain(depth, block, width=32):
     return keras.Model(inputs, layers.Dense(10, name="head")(x))
 
 
+@pytest.mark.slow
 def test_a_plain_sum_of_many_blocks_explodes():
     he = keras.initializers.HeNormal
 

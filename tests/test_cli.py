@@ -73,7 +73,7 @@ def test_eval(trained, call):
 
 
 def test_spp_of_runs_and_of_names(trained, call, tmp_path):
-    status, out, _ = call("spp", trained[0], "bn_test_efficientnet", "--data", "fake", "--to", tmp_path / "a.png")
+    status, out, _ = call("spp", trained[0], "bn_test_ffnn", "--data", "fake", "--to", tmp_path / "a.png")
     assert status == 0 and "wrote" in out
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > picture.height / 2 > 200

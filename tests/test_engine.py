@@ -72,6 +72,54 @@ def test_the_same_command_again_returns_the_result(whole, console, monkeypatch):
     assert again == whole[1] and "nothing to do" in console.export_text()
 
 
+def test_a_finished_run_is_what_was_asked_for(whole, tmp_path, console):
+    """Not a record of other layers, nor a run without the test that is wanted now."""
+    for asked in ({"taps": "layers"}, {"taps": None}, {"signals": {"statistics": "all"}}):
+        with pytest.raises(ValueError, match="to go on as it began.*(taps|signals) was"):
+            engine.run(MODEL, _recipe(), whole[0], overrides=BUILD, console=console, **asked)
+    run = lambda **test: engine.run(MODEL, _recipe(epochs=1), tmp_path / "run", taps=None, console=console, **test)  # noqa: E731
+    untested = run(test=False)
+    with pytest.raises(ValueError, match="nfzoo eval"):
+        run()
+    assert run(test=False) == untested
+
+
+def test_a_run_that_goes_on_by_other_code_tells_both(tmp_path, monkeypatch, console):
+    out, commits = tmp_path / "run", iter(["aaaa", "bbbb", "bbbb", "bbbb"])
+    monkeypatch.setattr(folder, "_commit", lambda: next(commits))
+    for epoch in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            kill_after(patch, epoch, _Killed)
+            with pytest.raises(_Killed):
+                engine.run(MODEL, _recipe(epochs=4), out, taps=None, console=console)
+    engine.run(MODEL, _recipe(epochs=4), out, taps=None, console=console)
+    options = engine.read_options(out)
+    assert options["commit"] == "aaaa" and [part["commit"] for part in options["continued"]] == ["bbbb"]
+    assert console.export_text().count("commit was aaaa, now bbbb") == 1
+
+
+def test_a_run_that_has_not_ended_is_judged_by_its_average(tmp_path, monkeypatch, console):
+    out, recipe = tmp_path / "run", _recipe(ema=0.9, epochs=3)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2, _Killed)
+        with pytest.raises(_Killed):
+            engine.run(MODEL, recipe, out, taps=None, console=console)
+    with pytest.warns(UserWarning, match="checkpoint after epoch 2"):
+        net = engine.load_run(out)
+    raw = keras.saving.load_model(out / "checkpoints" / "model-2.keras")
+    averages = raw.optimizer._model_variables_moving_average
+    for weight, average in zip(net.trainable_variables, averages, strict=True):
+        np.testing.assert_array_equal(weight, average)
+    assert not all(map(np.array_equal, net.get_weights(), raw.get_weights()))
+
+
+def test_a_run_without_an_update_is_refused(tmp_path, console):
+    """Two batches an epoch."""
+    with pytest.raises(ValueError, match=r"optimizer\.accumulate=3.*Received: 2 in 1 epoch"):
+        engine.run(MODEL, _recipe(epochs=1, **{"optimizer.accumulate": 3}), tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("model", "epoch"),
     slow_but([(MODEL, 3)], [(MODEL, 1), (MODEL, 3), ("nf_test_efficientnet", 2)]),
@@ -166,7 +214,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     assert metrics["test_loss"] is None and 0 <= metrics["test_accuracy"] <= 1
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("*.keras"))
     assert kept == ["model-1.keras", "model-2.keras"]
-    assert all(np.isfinite(w).all() for w in _weights(tmp_path / "run"))
+    with pytest.warns(UserWarning, match="no trained model"):
+        assert all(np.isfinite(w).all() for w in _weights(tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
 
 

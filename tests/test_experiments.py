@@ -125,6 +125,8 @@ def test_a_run_is_collected_before_its_line_is_written(results, monkeypatch):
     assert run().status.tolist() == ["complete"]
     log = signals.signals_of("tiny")
     assert {"activation", "gradient", "weight"} == set(log.kind) and set(log.epoch) == {0, 1}
+    both = signals.keep_activations(row, 0, reproduce.folder_of(results / "runs" / "tiny", row, 0))
+    assert set(both.epoch) == {0, 1} and both.nonzero.between(0, 1).all() and both.layer.str.endswith("_out").all()
     monkeypatch.setattr(engine, "run", lambda *_, **__: pytest.fail("run again"))
     assert len(run()) == 1
 
@@ -209,8 +211,8 @@ def test_a_contest_is_decided_on_validation_and_tested_last(results, contest, mo
         reached = early[row.name, rate] if stage == "trial" else late[row.name]
         return {"budget": budget, "stage": stage, **_trained(row, seed, status=status, val_accuracy=reached)}
 
-    def evaluate(folder):
-        assert len(ran) == 13
+    def evaluate(folder, data_dir):
+        assert len(ran) == 13 and data_dir == "here"
         read.append(folder.name)
         return {"accuracy": 0.7, "loss": 1.0}
 
@@ -219,7 +221,7 @@ def test_a_contest_is_decided_on_validation_and_tested_last(results, contest, mo
     assert gap.markdown("tiny", reproduce.read(results / "gap.csv")).count("\n") == 1  # nothing yet
     gap.main("tiny", runs=results, rows="relu; selu")
     assert [run[1] for run in ran] == ["relu", "relu", "selu", "selu"] and not read  # the others come first
-    gap.main("tiny", runs=results)
+    gap.main("tiny", runs=results, data_dir="here")
     assert [run[0] for run in ran] == ["trial"] * 8 + ["final"] * 5
     assert ran[8:11] == [("final", *at, 0) for at in (("relu", 0.001), ("tanh", 0.001), ("selu", 0.01))]
     assert ran[11:] == [("final", *at, 1) for at in (("relu", 0.001), ("selu", 0.01))]
@@ -252,7 +254,7 @@ def test_of_several_to_beat_the_best_on_validation_is_the_one(results, contest, 
         return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=reached[row.name], epochs=1)}
 
     monkeypatch.setattr(gap, "train", train)
-    monkeypatch.setattr(engine, "evaluate", lambda folder: {"accuracy": next(tests), "loss": 1.0})
+    monkeypatch.setattr(engine, "evaluate", lambda folder, **_: {"accuracy": next(tests), "loss": 1.0})
     gap.main("tiny", runs=results)
     shown = gap.markdown("tiny", pd.read_csv(results / "gap.csv"))
     assert "by seed, less selu |" in shown
@@ -283,7 +285,7 @@ def test_a_final_that_another_table_holds_is_not_run_again(results, contest, mon
         return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=0.4 if best else 0.1)}
 
     monkeypatch.setattr(gap, "train", train)
-    monkeypatch.setattr(engine, "evaluate", lambda folder: read.append(folder) or {"accuracy": 0.5, "loss": 1.0})
+    monkeypatch.setattr(engine, "evaluate", lambda folder, **_: read.append(folder) or {"accuracy": 0.5, "loss": 1.0})
     gap.main("tiny", runs=results, rows="selu; tanh; elu; relu")
     runs = [("relu", 0), ("selu", 0), ("tanh", 0), ("selu", 1)]
     assert [run[1:] for run in ran if run[0] == "final"] == runs
@@ -349,10 +351,12 @@ def test_who_generalizes_is_drawn_of_whole_runs_of_the_budget(results, contest, 
 
 
 def test_lines_of_other_processes_stay(results):
-    reproduce.add(results / "t.csv", {"row": "a", "seed": 1})
-    before = reproduce.read(results / "t.csv")
-    reproduce.add(results / "t.csv", {"row": "b", "seed": 1})  # another process, meanwhile
-    assert list(reproduce.add(results / "t.csv", {"row": "c", "seed": 1}).row) == ["a", "b", "c"] and len(before) == 1
+    path, key = results / "t.csv", ["row", "seed"]
+    reproduce.add(path, {"row": "a", "seed": 1}, key)
+    before = reproduce.read(path)
+    reproduce.add(path, {"row": "b", "seed": 1}, key)  # another process, meanwhile
+    for _ in range(2):  # a line that is there is not written again
+        assert list(reproduce.add(path, {"row": "c", "seed": 1}, key).row) == ["a", "b", "c"] and len(before) == 1
 
 
 def test_a_final_that_diverged_is_a_result(results, contest, monkeypatch):
@@ -363,10 +367,85 @@ def test_a_final_that_diverged_is_a_result(results, contest, monkeypatch):
 
     read = []
     monkeypatch.setattr(gap, "train", train)
-    monkeypatch.setattr(engine, "evaluate", lambda folder: read.append(folder) or {"accuracy": 0.5, "loss": 1.0})
+    monkeypatch.setattr(engine, "evaluate", lambda folder, **_: read.append(folder) or {"accuracy": 0.5, "loss": 1.0})
     gap.main("tiny", runs=results)
     assert len(read) == 3
-    assert "| 50.0, 1 diverged | +0.0 |" in gap.markdown("tiny", pd.read_csv(results / "gap.csv"))
+    shown = gap.markdown("tiny", pd.read_csv(results / "gap.csv"))
+    assert "| 40.0, 1 diverged | 50.0, 1 diverged | +0.0, – |" in shown
+
+
+def test_a_trial_that_diverged_is_drawn_as_none(results, contest):
+    trials = [trial for row in contest.rows for trial in gap.trials(contest, row)]
+    lines = [
+        {
+            **_trained(trial, 0, val_accuracy=0.9 if lost else 0.4, status="diverged" if lost else "complete"),
+            "epochs": 1,
+        }
+        for trial in trials
+        for lost in [trial.name == "tanh"]
+    ]
+    axes = gap.pictures.contest(pd.DataFrame(lines), pd.DataFrame(lines).head(0), "relu").axes[0]
+    places = {label.get_text(): place for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)}
+    assert places["tanh"] == max(places.values())
+    assert {x for line in axes.lines for x, y in zip(*line.get_data(), strict=True) if y == places["tanh"]} == {0.0}
+
+
+def test_what_another_process_trains_is_left_to_it(results, contest, monkeypatch):
+    """Two processes of one command: the second goes on with the next run, and a line is written once."""
+    ran = []
+
+    def train(budget, stage, row, seed, *_):
+        ran.append(row.name)
+        if row.name == "relu":
+            raise engine.Taken("elsewhere")
+        return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=0.5)}
+
+    monkeypatch.setattr(gap, "train", train)
+    gap.main("tiny", runs=results)
+    assert ran == ["relu", "relu", "selu", "selu", "tanh", "tanh", "elu", "elu"]
+    assert set(reproduce.read(results / "gap.csv").row) == {"selu", "tanh", "elu"}
+    monkeypatch.setitem(reproduce.TABLES, "tiny", contest.rows[:2])
+
+    def run(model, recipe, folder, overrides, **_):
+        if overrides["activation"] == "relu":
+            raise engine.Taken("elsewhere")
+        raise MemoryError("reached")
+
+    monkeypatch.setattr(engine, "run", run)
+    with pytest.raises(MemoryError, match="reached"):
+        reproduce.run_missing("tiny", None, results, Console(quiet=True), seeds=(0,))
+
+
+def test_a_fingerprint_is_a_text(results):
+    """Twelve hexadecimal digits that look like a number would be read as one, and their run be missing for ever."""
+    row, line = experiments.Row("a", "sn_test_ffnn", "demo"), {"model": "m", "build": "{}", "seed": 0}
+    for fingerprint in ("012345678901", "1234567e8901"):
+        path = results / f"{fingerprint}.csv"
+        for _ in range(2):
+            table = reproduce.add(path, {"row": row.name, **line, "fingerprint": fingerprint, "commit": "123"})
+        assert table.fingerprint.tolist() == [fingerprint] and reproduce.read(path).commit.tolist() == ["123"]
+
+
+def test_a_run_that_diverged_is_said_in_a_table(monkeypatch, capsys):
+    row = experiments.Row("a", "sn_test_ffnn", "demo", expected=1.0, tolerance=0.1)
+    monkeypatch.setitem(reproduce.TABLES, "tiny", [row])
+    lines = pd.DataFrame([_trained(row, 0, status="diverged", test_accuracy=0.01)])
+    assert "| a | 1.0, 1 diverged | 0 |" in reproduce.markdown("tiny", lines)
+    reproduce.report("tiny", lines, Console(width=200))
+    assert "1.00, 1 diverged" in capsys.readouterr().out
+
+
+def test_a_block_adds_something_or_nothing_at_every_epoch():
+    """In a file of four digits a branch may look like its block for once."""
+    parts = [
+        {"row": "a", "epoch": epoch, "layer": f"{block}_{end}", "kind": kind, "place": place, "second_moment": moment}
+        for epoch, same in ((0, False), (1, True))
+        for block, plain in (("b1", False), ("b2", True))
+        for kind in ("activation", "gradient")
+        for end, place, moment in (("branch", "branch", 1.0), ("out", "block", 1.0 if same or plain else 2.0))
+    ]
+    shares = signals.branch_share(pd.DataFrame(parts))
+    assert list(zip(shares.epoch, shares.block, strict=True)) == [(0, "b1"), (1, "b1")]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import built, same
+from conftest import built, same, slow_but
 
 import nfzoo
 from nfzoo import names, registry
@@ -227,7 +227,10 @@ def test_published_weights_get_the_images_they_expect(zoo, server, monkeypatch):
     assert all(key in published.TABLE[source] for source, key in published._PREPROCESSING)
 
 
-@pytest.mark.parametrize("overrides", [{"stem": "small"}, {"epsilon": 0.1}, {"activation": "relu"}])
+OTHERWISE = [{"stem": "small"}, {"epsilon": 0.1}, {"activation": "relu"}]
+
+
+@pytest.mark.parametrize("overrides", slow_but(OTHERWISE[1:2], OTHERWISE))
 def test_published_weights_are_not_computed_otherwise(zoo, server, overrides):
     with pytest.raises(ValueError, match=f"{next(iter(overrides))}.*convert.load"):
         nfzoo.build("bn_test_efficientnet", weights="timm", **SHAPE, **overrides)

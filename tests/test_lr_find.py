@@ -155,6 +155,16 @@ def test_batches_go_round_and_iterators_end_it():
     pd.testing.assert_frame_equal(table, tune.lr_find(model, batches, **options).table)
 
 
+def test_every_round_has_an_order_of_its_own(monkeypatch):
+    """As epochs of `fit` have: what is seen again in the same order is fitted by heart."""
+    net, batches = tune.prepare("sn_test_ffnn", RECIPE)
+    seen, step = [], type(net).train_on_batch
+    monkeypatch.setattr(type(net), "train_on_batch", lambda *a, **k: seen.append(a[2].tolist()) or step(*a, **k))
+    tune.lr_find(net, batches, start=1e-6, end=1e-5, steps=3 * len(batches))
+    rounds = [sum(seen[i : i + len(batches)], []) for i in range(0, len(seen), len(batches))]
+    assert rounds[0] != rounds[1] != rounds[2] and batches.epoch == 0
+
+
 def test_mistakes_are_said():
     model, batches = _line()
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 100)

@@ -95,7 +95,7 @@ def float64():
         pytest.param("EfficientNetB0", (75, 75, 3), 1000, marks=pytest.mark.slow),
         pytest.param("EfficientNetB3", (64, 64, 3), 1000, marks=pytest.mark.slow),
         pytest.param("EfficientNetB3", (75, 75, 3), 1000, marks=pytest.mark.slow),
-        ("ResNet50", (64, 64, 3), 11), ("ResNet50V2", (75, 90, 3), 11),
+        ("ResNet50", (64, 64, 3), 11), pytest.param("ResNet50V2", (75, 90, 3), 11, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_keras_applications_logits(name, shape, classes, float64):

@@ -331,3 +331,16 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         plots.save(figure, tmp_path / "spp.png")
     assert not list(tmp_path.glob("*spp*"))
+
+
+def test_a_log_that_began_later_is_not_called_initial():
+    """Signals of `source="live"` start with the first steps."""
+    log = pd.DataFrame(
+        {"kind": "activation", "place": "block", "layer": ["stem_out", "stage1_block1_out"] * 2, "depth": [0, 1] * 2,
+         "step": [79, 79, 158, 158], "epoch": [1, 1, 2, 2], "acsm": 0.1, "acv": 1.0}
+    )  # fmt: skip
+    titles = lambda logs: [axes.get_title() for axes in plots.compare(logs, ["variance"]).axes]  # noqa: E731
+    assert titles({"a": log}) == ["epoch 1", "at the end"]
+    initial = log.assign(step=log.step - 79, epoch=log.epoch - 1)
+    assert titles({"a": initial}) == ["at initialisation", "at the end"]
+    assert titles({"a": log, "b": initial}) == ["at first", "at the end"]

@@ -52,7 +52,7 @@ def test_overrides_are_typed():
         ({"ema.momentun": 0.9}, "ema.momentun"),
         ({"ema": 1}, "ema.momentum.*less than 1"),
         ({"augment.rand_augment.layer": 2}, "rand_augment.layer"),
-        ({"augment.cutmix": 1.5}, "augment.cutmix.*less than or equal to 1"),
+        ({"augment.random_erasing": 1.5}, "augment.random_erasing.*less than or equal to 1"),
         ({"schedule.name": "cosin"}, "schedule.name.*cosine.*'cosin'"),
         ({"schedule.warmup_epochs": 8}, "warmup_epochs below the 8 epochs"),
         ({"schedule.warmup_epochs": 6, "frozen_epochs": 2}, "warmup_epochs below the 6 epochs"),
@@ -219,7 +219,9 @@ def test_the_command_lists_all_rows(monkeypatch, capsys):
 
 
 def test_a_name_may_look_like_a_number():
-    assert recipes.override(recipes.get("demo"), {"data.name": "2024"}).data.name == "2024"
+    changed = recipes.override(recipes.get("demo"), {"data.name": "2024", "data.data_dir": "1e3"}).data
+    assert (changed.name, changed.data_dir) == ("2024", "1e3")
+    assert recipes.override(recipes.get("demo"), {"data.data_dir": "none"}).data.data_dir is None
 
 
 def test_the_classifier_alone_keeps_the_groups_that_it_is_in():

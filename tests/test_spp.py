@@ -96,7 +96,7 @@ def test_probing_touches_nothing(name, images):
 
     def train(probe):
         keras.utils.set_random_seed(1)
-        model = nfzoo.build(name, dropout_rate=0.5)
+        model = nfzoo.build(name, size=32, dropout_rate=0.5)
         model.compile(keras.optimizers.Adam(1e-2), crossentropy(), agc=nfzoo.AGC())
         callbacks = [nfzoo.SignalPropagation(*images, every=1)] if probe else []
         model.fit(*images, epochs=3, batch_size=4, verbose=0, callbacks=callbacks)

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import kill_after
+from conftest import kill_after, slow_but
 from killed import STEPS
 from rich.console import Console
 
@@ -113,7 +113,7 @@ def _run(out, console, recipe=None, model=MODEL):
     return engine.run(model, recipe or _recipe(), out, overrides=BUILD, taps=None, console=console)
 
 
-@pytest.mark.parametrize("model", [MODEL, "bn_test_ffnn"])
+@pytest.mark.parametrize("model", slow_but(["bn_test_ffnn"], [MODEL, "bn_test_ffnn"]))
 def test_a_run_that_stops_behind_its_last_checkpoint_ends_as_an_undisturbed_one(model, tmp_path, monkeypatch, console):
     """The checkpoint holds the weights; the network of the run is their average, and the figures are its own."""
     recipe = _recipe(ema=0.9, epochs=2)

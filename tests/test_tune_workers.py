@@ -17,7 +17,7 @@ from nfzoo.tune import plan, workers
 
 TINY = ("--data", "fake", "--set", "data.limit=32", "--set", "batch_size=16", "--epochs", "1", "--set", "agc=none")
 GRID = ("none_test_ffnn", "--lr", "1e9,0.01,0.001", "--seeds", "0,1", "--set", "optimizer.name=sgd", *TINY)
-FACTS = ["model", "learning_rate", "seed", "status", "test_accuracy", "val_accuracy", "epochs"]
+FACTS = ["model", "learning_rate", "seed", "status", "val_accuracy", "epochs"]
 
 
 class Command:
@@ -157,7 +157,7 @@ def test_a_finished_scan_starts_no_workers(tmp_path, monkeypatch):
     recipe = recipes.get("demo")
     name = tune.trial_name("sn_test_ffnn", {"optimizer.learning_rate": 0.1}, 0)
     (tmp_path / name).mkdir()
-    metrics = {"status": "complete", "val_accuracy": 0.5, "test_accuracy": 0.5, "epochs": 1, "seconds": 1.0}
+    metrics = {"status": "complete", "val_accuracy": 0.5, "epochs": 1, "seconds": 1.0}
     (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
     monkeypatch.setattr(workers, "_start", None)
     results = tune.scan(["sn_test_ffnn"], [0.1], recipe, tmp_path, seeds=[0], workers=3, console=Console(quiet=True))
@@ -192,3 +192,11 @@ def test_each_worker_gets_a_device(monkeypatch):
     assert workers._devices() == ["2", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert workers._devices() == []
+
+
+def test_how_workers_ended_is_said_whatever_their_status(tmp_path):
+    class Plan:
+        out = tmp_path
+
+    with pytest.raises(RuntimeError, match="SIGKILL, status 255;"):
+        workers._all_killed(Plan, [-9, 255])

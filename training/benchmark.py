@@ -261,14 +261,13 @@ def facts() -> dict[str, str]:
 
 
 def _record(rows: list[dict]) -> None:
-    from nfzoo.files import atomic
+    from nfzoo.files import atomic, waited_for
 
     common = facts()
     new = pd.DataFrame([{**row, **common} for row in rows]).round(4)
-    if RESULTS.exists():
-        new = pd.concat([pd.read_csv(RESULTS), new])
-    with atomic(RESULTS) as partial:
-        new.to_csv(partial, index=False)
+    with waited_for(RESULTS.parent), atomic(RESULTS) as partial:
+        before = [pd.read_csv(RESULTS)] if RESULTS.exists() else []
+        pd.concat([*before, new]).to_csv(partial, index=False)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 from benchmark import facts
+from reproduce import add, read
 from rich.console import Console
 from rich.progress import track
 
@@ -20,9 +21,9 @@ from nfzoo.cli import quiet_start
 
 with quiet_start():
     from nfzoo import certify, names
-    from nfzoo.files import atomic
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "certify.csv"
+KEY = ["model", "build"]
 READINGS = [  # of what EUN standardizes by, and RescaleNet without its centring biases
     *((f"eun_test_{family}", {"statistics": one}) for family in ("efficientnet", "resnet")
       for one in ("channel_l2", "per_channel_batch")),
@@ -55,7 +56,7 @@ def main(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the CSV and stop")] = False,
 ) -> None:
     """Certify what has no row yet."""
-    results = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=["model", "build"])
+    results = read(RESULTS, KEY)
     if as_markdown:
         print(markdown(results))
         return
@@ -69,9 +70,7 @@ def main(
             "model": name, "build": json.dumps(build), **found.differences, "independent": found.independent,
             **common,
         }  # fmt: skip
-        results = pd.concat([results, pd.DataFrame([row])]) if len(results) else pd.DataFrame([row])
-        with atomic(RESULTS) as partial:
-            results.to_csv(partial, index=False, float_format="%.2e")
+        results = add(RESULTS, {**row, **{name: float(f"{x:.2e}") for name, x in found.differences.items()}}, KEY)
     print(markdown(results))
 
 

@@ -17,6 +17,7 @@ from nfzoo.cli import quiet_start
 
 with quiet_start():
     from nfzoo import engine, export, plots, recipes, spp
+    from nfzoo.files import atomic
 
 MODELS = ("bn_efficientnet_b0", "sn_efficientnet_b0", "nf_efficientnet_b0")
 EXPORTED = "sn_efficientnet_b0"
@@ -32,6 +33,8 @@ def main(out: pathlib.Path = pathlib.Path("runs/demo"), epochs: int = recipes.ge
     for model in MODELS:
         console.rule(model)
         metrics = engine.run(model, recipe, out / model, console=console)
+        if metrics["status"] != "complete":
+            raise SystemExit(f"{model} diverged at step {metrics['diverged_at_step']}; see {out / model}")
         clipped = f"{metrics['agc_clipped']:.1%}"
         speed = f"{metrics['images_per_second']:.0f}"
         rows.append(
@@ -52,7 +55,8 @@ def main(out: pathlib.Path = pathlib.Path("runs/demo"), epochs: int = recipes.ge
     console.print(view)
     print(f"signal propagation   {plots.save(signals, out / 'signal_propagation.png')}")
     print(f"loss and accuracy    {plots.save(histories, out / 'history.png')}")
-    pd.DataFrame(rows).to_csv(out / "results.csv", index=False)
+    with atomic(out / "results.csv") as partial:
+        pd.DataFrame(rows).to_csv(partial, index=False)
     difference = entry["largest_relative_difference"]
     print(f"SavedModel           {artefact} (reloaded: differs by {difference:.0e})")
 

@@ -20,7 +20,7 @@ import pictures
 import signals
 import typer
 from experiments import CONTESTS, Contest, Row
-from reproduce import RESULTS, add, folder_of, line, lines_of, read, recipe_of, write
+from reproduce import RESULTS, add, folder_of, line, lines_of, lost, read, recipe_of, write
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -163,12 +163,12 @@ def markdown(budget: str, results: pd.DataFrame, finalists: bool = False) -> str
     shown = {name: at for name, at in verdicts(contest, results).items() if name in final or not finalists}
     for name, (rate, early) in shown.items():
         runs = ended.get(name, results.head(0))
-        cells = [spread(runs.val_accuracy) if len(runs) else "", "", ""]
+        whole = runs[runs.status == "complete"]
+        cells = [spread(whole.val_accuracy) + lost(runs), "", ""]
         if name in final:
-            lost = (runs.status != "complete").sum()
-            cells[1] = spread(runs.test_accuracy) + (f", {lost} diverged" if lost else "")
-            paired = 100 * (runs.test_accuracy - ended[rival].test_accuracy).dropna()
-            cells[2] = ", ".join(f"{x:+.1f}" for x in paired) if name != rival else ""
+            cells[1] = spread(whole.test_accuracy) + lost(runs)
+            paired = 100 * (runs.test_accuracy - ended[rival].test_accuracy).reindex(contest.seeds)
+            cells[2] = ", ".join("–" if math.isnan(x) else f"{x:+.1f}" for x in paired) if name != rival else ""
         title = f"**{name}**" if name == claimed else name
         text.append(f"| {title} | {rate:g} | {100 * early:.1f} | {' | '.join(cells)} |")
     return "\n".join(text)
@@ -243,17 +243,25 @@ def main(
             print(drawn(budget, results))
         return
 
+    taken = []  # by other processes
+
     def jobs() -> Iterator[tuple[str, Row, int]]:
-        return (job for job in due(contest, results) if job[1].name in named)
+        return (job for job in due(contest, results) if job[1].name in named and job not in taken)
 
     if dry_run:
         for stage, row, seed in jobs():
             console.print(f"{row.name}, {stage}, lr {row.changes[RATE]:g}, seed {seed} (missing)")
         return
     while (job := next(jobs(), None)) is not None:
-        results = add(path, known(budget, *job) or train(budget, *job, data_dir, runs, console))
+        try:
+            results = add(path, known(budget, *job) or train(budget, *job, data_dir, runs, console))
+        except engine.Taken:
+            console.print("another process trains it; going on with the next")
+            taken.append(job)
+            results = read(path)
     for row, seed in unread(contest, results):
-        tested = engine.evaluate(folder_of(runs / budget, row, "final", f"{row.changes[RATE]:g}", seed))
+        folder = folder_of(runs / budget, row, "final", f"{row.changes[RATE]:g}", seed)
+        tested = engine.evaluate(folder, data_dir=data_dir)
         with waited_for(RESULTS):
             results = read(path)
             at = lines_of(results, row, seed, recipe_of(row, seed, None))

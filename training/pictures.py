@@ -80,6 +80,7 @@ def branches(shares: pd.DataFrame):
 @styled
 def contest(trials: pd.DataFrame, finals: pd.DataFrame, to_beat: str):
     """Candidates, best first: validation accuracy of their trials by learning rate; test accuracy of finals by seed."""
+    trials = trials.assign(val_accuracy=trials.val_accuracy.where(trials.status == "complete", 0.0))  # diverged: none
     best, finals = trials.groupby("row").val_accuracy.max(), finals.dropna(subset="test_accuracy")
     rank = finals.groupby("row").test_accuracy.mean().reindex(best.index).fillna(-1.0)
     names = sorted(best.index, key=lambda name: (rank[name], best[name]), reverse=True)

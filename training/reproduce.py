@@ -29,6 +29,7 @@ with quiet_start():
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 KEY = ["row", "model", "build", "fingerprint", "seed"]
+TEXTS = {"fingerprint": str, "commit": str}
 
 
 def recipe_of(row: Row, seed: int, data_dir: str | None) -> recipes.Recipe:
@@ -46,9 +47,15 @@ def line(row: Row, seed: int, recipe: recipes.Recipe, metrics: dict, folder: pat
         "epochs": metrics["epochs"], "status": metrics["status"],
         **{k: metrics.get(k) for k in ("test_accuracy", "test_loss", "val_accuracy", "val_loss", "accuracy", "loss")},
         "seconds": metrics["seconds"], "images_per_second": metrics["images_per_second"],
-        "date": datetime.date.today().isoformat(), "commit": options["commit"], "machine": options["machine"],
+        "date": datetime.date.today().isoformat(), "commit": commits(options), "machine": options["machine"],
         "versions": json.dumps(options["versions"]),
     }  # fmt: skip
+
+
+def commits(options: dict) -> str | None:
+    """The commit of a run, or those that it went through, from options.json."""
+    found = [part["commit"] for part in (options, *options.get("continued", ())) if part["commit"]]
+    return "+".join(dict.fromkeys(found)) or None
 
 
 def lines_of_row(results: pd.DataFrame, row: Row) -> pd.DataFrame:
@@ -67,9 +74,10 @@ def lines_of(results: pd.DataFrame, row: Row, seed: int, recipe: recipes.Recipe)
     return _equal(results, key)
 
 
-def _equal(results: pd.DataFrame, key: list) -> pd.Series:
+def _equal(results: pd.DataFrame, values: list, key: list[str] = KEY) -> pd.Series:
     """Which lines have these values in the first columns of the key."""
-    return functools.reduce(operator.and_, (results[c].astype(str) == str(v) for c, v in zip(KEY, key, strict=False)))
+    alike = (results[name].astype(str) == str(value) for name, value in zip(key, values, strict=False))
+    return functools.reduce(operator.and_, alike)
 
 
 def folder_of(runs: pathlib.Path, row: Row, *parts) -> pathlib.Path:
@@ -77,8 +85,9 @@ def folder_of(runs: pathlib.Path, row: Row, *parts) -> pathlib.Path:
     return runs / "-".join(map(str, (slug, *parts)))
 
 
-def read(path: pathlib.Path) -> pd.DataFrame:
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+def read(path: pathlib.Path, key: list[str] = KEY) -> pd.DataFrame:
+    """The lines of a CSV; none where there is none. Twelve hexadecimal digits may look like a number."""
+    return pd.read_csv(path, dtype=TEXTS) if path.exists() else pd.DataFrame(columns=key)
 
 
 def write(path: pathlib.Path, results: pd.DataFrame) -> None:
@@ -86,12 +95,13 @@ def write(path: pathlib.Path, results: pd.DataFrame) -> None:
         results.to_csv(partial, index=False)
 
 
-def add(path: pathlib.Path, new: dict) -> pd.DataFrame:
-    """Put a line behind those that are there by now: other processes may have added theirs."""
+def add(path: pathlib.Path, new: dict, key: list[str] = KEY) -> pd.DataFrame:
+    """Put a line behind those that are there by now, unless it is there: other processes add theirs meanwhile."""
     with waited_for(path.parent):
-        results, line = read(path), pd.DataFrame([new])
-        results = pd.concat([results, line], ignore_index=True) if len(results) else line
-        write(path, results)
+        results, line = read(path, key), pd.DataFrame([new])
+        if not _equal(results, [new[name] for name in key], key).any():
+            results = pd.concat([results, line], ignore_index=True) if len(results) else line
+            write(path, results)
     return results
 
 
@@ -102,11 +112,17 @@ def markdown(table: str, results: pd.DataFrame) -> str:
         got = lines_of_row(results, row)
         if len(got):
             accuracy = 100 * got.test_accuracy
-            spread = f" ± {accuracy.std():.1f}" if len(got) > 1 else ""
+            spread = (f" ± {accuracy.std():.1f}" if len(got) > 1 else "") + lost(got)
             expected = "" if row.expected is None else f"{row.expected} ± {row.tolerance}"
             seeds = ", ".join(map(str, got.seed))
             lines.append(f"| {row.name} | {accuracy.mean():.1f}{spread} | {seeds} | {expected} |")
     return "\n".join(lines)
+
+
+def lost(runs: pd.DataFrame) -> str:
+    """How many of some runs diverged, as a table says it behind their accuracy."""
+    number = (runs.status != "complete").sum()
+    return f", {number} diverged" if number else ""
 
 
 def report(table: str, results: pd.DataFrame, console: Console) -> None:
@@ -114,11 +130,11 @@ def report(table: str, results: pd.DataFrame, console: Console) -> None:
     view = Table("row", "seeds", "test accuracy %", "expected %", "", title=table)
     for row in TABLES[table]:
         got = lines_of_row(results, row)
-        got = 100 * got.test_accuracy if len(got) else got
         if not len(got):
             view.add_row(row.name, "0", "missing")
             continue
-        text = f"{got.mean():.2f}" + (f" ± {got.std():.2f}" if len(got) > 1 else "")
+        ended, got = lost(got), 100 * got.test_accuracy
+        text = f"{got.mean():.2f}" + (f" ± {got.std():.2f}" if len(got) > 1 else "") + ended
         if row.expected is None:
             view.add_row(row.name, str(len(got)), text)
             continue
@@ -149,7 +165,11 @@ def run_missing(
             if dry_run:
                 continue
             folder = folder_of(runs / table, row, seed)
-            metrics = engine.run(row.model, recipe, folder, overrides=row.build, console=console, **row.signals)
+            try:
+                metrics = engine.run(row.model, recipe, folder, overrides=row.build, console=console, **row.signals)
+            except engine.Taken:
+                console.print("another process trains it; going on with the next")
+                continue
             collect(row, seed, folder)
             results = add(path, line(row, seed, recipe, metrics, folder))
     return results
@@ -171,14 +191,14 @@ def main(
     if table not in TABLES:
         raise typer.BadParameter(f"Expected one of {', '.join(TABLES)}. Received: {table!r}")
     if as_markdown:
-        print(markdown(table, pd.read_csv(RESULTS / f"{table}.csv")))
+        print(markdown(table, read(RESULTS / f"{table}.csv")))
         return
     if to is not None:
         from pictures import draw
 
         from nfzoo import plots
 
-        print(plots.save(draw(table, pd.read_csv(RESULTS / f"{table}.csv")), to))
+        print(plots.save(draw(table, read(RESULTS / f"{table}.csv")), to))
         return
     chosen = () if seeds is None else [int(seed) for seed in seeds.split(",")]
     named = None if rows is None else {name.strip() for name in rows.split(";")}

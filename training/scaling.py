@@ -19,6 +19,7 @@ from rich.console import Console
 RESULTS = pathlib.Path(__file__).parent / "results" / "scaling.csv"
 FIGURE = pathlib.Path(__file__).parents[1] / "docs" / "figures" / "scaling.png"
 VARIANTS = ("bn", "nf", "sn")
+KEY = ["axis", "variant", "value"]
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,12 @@ def main(
     only_draw: Annotated[bool, typer.Option("--draw", help="measure nothing")] = False,
 ) -> None:
     """Measure what is missing, print it, draw it."""
+    from reproduce import add, read
+
     from nfzoo import plots
-    from nfzoo.files import atomic
 
     console = Console()
-    table = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=["axis", "variant", "value"])
+    table = read(RESULTS, KEY)
     for name, axis in () if only_draw else AXES.items():
         for value in axis.values:
             for variant in VARIANTS:
@@ -99,10 +101,8 @@ def main(
                     row = {"axis": name, "variant": variant, "value": value, "model": case.ours.partition(":")[2],
                            "size": case.size, "batch": case.batch, **measure(case, rounds), **facts()}  # fmt: skip
                 console.print(f"{name} {value} {variant}: {row['ms']:.1f} ms, {row['peak_mb']:.0f} MB")
-                new = pd.DataFrame([row]).round(4)
-                table = pd.concat([table, new]) if len(table) else new
-                with atomic(RESULTS) as partial:
-                    table.to_csv(partial, index=False)
+                rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+                table = add(RESULTS, rounded, KEY)
     print(plots.save(draw(table), FIGURE))
 
 

@@ -22,7 +22,7 @@ import typer
 from experiments import PROFILES, Profile, Row
 from matplotlib.figure import Figure
 from PIL import Image
-from reproduce import RESULTS, run_missing
+from reproduce import RESULTS, add, read, run_missing
 from rich.console import Console
 
 from nfzoo.cli import quiet_start
@@ -32,6 +32,7 @@ with quiet_start():
 
     import nfzoo
     from nfzoo import data, engine, plots, recipes, spp, theory
+    from nfzoo.engine.training import PROBE_SIZE
     from nfzoo.files import atomic, waited_for
 
 FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
@@ -72,7 +73,7 @@ def profile(row: Profile, seed: int) -> pd.DataFrame:
 
 def measure_profiles(table: str, data_dir: str | None, runs: pathlib.Path, console: Console) -> None:
     path, key = RESULTS / f"{table}.csv", ["row", "model", "build", "size", "batch", "seed"]
-    done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=key)
+    done = read(path, key)
     for row in PROFILES[table]:
         build = json.dumps(row.build, sort_keys=True)
         for seed in row.seeds:
@@ -84,9 +85,7 @@ def measure_profiles(table: str, data_dir: str | None, runs: pathlib.Path, conso
             where = engine.environment()
             line |= {"date": datetime.date.today().isoformat(), "commit": where["commit"], "machine": where["machine"]}
             line |= {"versions": json.dumps(where["versions"])}
-            done = pd.concat([done, pd.DataFrame([line])]) if len(done) else pd.DataFrame([line])
-            with atomic(path) as partial:
-                done.to_csv(partial, index=False)
+            done = add(path, line, key)
 
 
 def compare(row: Profile, signals: pd.DataFrame) -> pd.DataFrame:
@@ -181,7 +180,7 @@ def keep_activations(row: Row, seed: int, folder: pathlib.Path) -> pd.DataFrame:
     options = engine.read_options(folder)
     recipe = recipes.Recipe.model_validate(options["recipe"])
     images = data.load(recipe.data, recipe.seed)
-    x, _ = data.Batches(data.subset(images.train, engine.PROBE_SIZE), engine.PROBE_SIZE, images.mean, images.std)[0]
+    x, _ = data.Batches(data.subset(images.train, PROBE_SIZE), PROBE_SIZE, images.mean, images.std)[0]
     keras.utils.set_random_seed(recipe.seed)
     new = nfzoo.build(row.model, classes=len(images.classes), input_shape=x.shape[1:], **options["build"])
     asked = {"taps": "*_out", "what": ("activations", "parameters"), "statistics": ("acsm", "acv", "nonzero")}
@@ -297,8 +296,9 @@ def branch_share(signals: pd.DataFrame) -> pd.DataFrame:
     table = signals.assign(block=signals.layer.str.rsplit("_", n=1).str[0]).pivot_table(
         index=["row", "epoch", "block"], columns=["kind", "place"], values="second_moment"
     )
-    # Where nothing is added the branch is the block.
-    table = table[table.activation.branch != table.activation.block]
+    # Where nothing is added the branch is the block, at every epoch; in a file of four digits it may look so at one.
+    adds = table.activation.branch != table.activation.block
+    table = table[adds.groupby(level=["row", "block"]).transform("any")]
     square = table.gradient.branch / table.gradient.block
     share = square * table.activation.branch / table.activation.block
     return pd.DataFrame({"weight": np.sqrt(square), "share": share}).dropna().reset_index()

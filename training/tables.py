@@ -7,6 +7,8 @@ import sys
 import certify
 import pandas as pd
 
+from nfzoo.files import atomic
+
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "training" / "results"
 
@@ -164,5 +166,7 @@ if __name__ == "__main__":
     for path in stale:
         print(f"{'stale' if '--check' in sys.argv else 'filled'}: {path.relative_to(ROOT)}")
         if "--check" not in sys.argv:
-            path.write_text(filled(path.read_text()))
+            whole = filled(path.read_text())
+            with atomic(path) as partial:
+                partial.write_text(whole)
     sys.exit(bool(stale) and "--check" in sys.argv)

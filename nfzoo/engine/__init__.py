@@ -5,12 +5,12 @@ and at the end model.keras and metrics.json. Running the same command again resu
 """
 
 from nfzoo.engine.devices import Devices
-from nfzoo.engine.folder import environment, options, read_metrics, read_options
+from nfzoo.engine.folder import Taken, environment, options, read_metrics, read_options
 from nfzoo.engine.learning import loss, optimizer
 from nfzoo.engine.training import run
 from nfzoo.engine.use import evaluate, load_run
 
 __all__ = [
-    "Devices", "environment", "evaluate", "load_run", "loss", "optimizer", "options", "read_metrics", "read_options",
-    "run",
+    "Devices", "Taken", "environment", "evaluate", "load_run", "loss", "optimizer", "options", "read_metrics",
+    "read_options", "run",
 ]  # fmt: skip

@@ -91,6 +91,10 @@ def _machine() -> str:
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
+class Taken(ValueError):
+    """Another process trains in the folder."""
+
+
 @contextlib.contextmanager
 def locked(out: pathlib.Path) -> Iterator[None]:
     """Hold a folder for this process; make it, and take it away again if nothing came into it.
@@ -98,7 +102,7 @@ def locked(out: pathlib.Path) -> Iterator[None]:
     The lock is the operating system's: it ends with the process, however that ends.
 
     Raises:
-        ValueError: if another process holds it.
+        Taken: if another process holds it.
         OSError: if the folder cannot be made or written.
     """
     path, made = out / ".lock", [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -109,7 +113,7 @@ def locked(out: pathlib.Path) -> Iterator[None]:
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise BlockingIOError  # another process held it and took the file away, between our two calls
         except BlockingIOError:
-            raise ValueError(
+            raise Taken(
                 f"Expected a folder that no other process trains in. Received: {out}, which one does now; wait for it, "
                 "or choose another --out"
             ) from None
@@ -122,8 +126,13 @@ def locked(out: pathlib.Path) -> Iterator[None]:
                     folder.rmdir()
 
 
-def result(out: pathlib.Path, resolved: dict) -> dict | None:
-    """Check that the folder is free or this run's; return the result if it is there already."""
+def result(out: pathlib.Path, resolved: dict, watched: dict, tested: bool) -> dict | None:
+    """Check that the folder is free or this run's; return the result if it is there already.
+
+    Args:
+        watched: "taps" and "signals" as they are asked for.
+        tested: whether the test split is to be read.
+    """
     record = out / "options.json"
     if record.exists():
         try:
@@ -143,9 +152,17 @@ def result(out: pathlib.Path, resolved: dict) -> dict | None:
                 f"{', '.join(differing)} differ(s) (model {before.get('model')}). Choose another --out, or remove "
                 "the folder."
             )
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((out / "metrics.json").read_text())
-        return None
+        try:
+            done = json.loads((out / "metrics.json").read_text())
+        except (OSError, ValueError):
+            return None
+        _check_going_on(out, before, watched)
+        if tested and done["status"] == "complete" and "test_loss" not in done:
+            raise ValueError(
+                f"Expected a run that was tested. Received: {out}, which was trained without a look at the test split; "
+                f"nfzoo eval {out} reads it"
+            )
+        return done
     # A kill before the first file was whole leaves these.
     unfinished = {".lock", ".partial-options.json"}
     if out.exists() and any(path.name not in unfinished for path in out.iterdir()):
@@ -176,15 +193,34 @@ def record(
         write_json(out / "options.json", now)
         return
     before = read_options(out)
-    changed = [key for key in ("images", "backend", *told) if key in before and before[key] != now[key]]
-    differing = [f"{key} was {before[key]!r}, now {now[key]!r}" for key in changed]
-    if changed == ["devices"]:
-        warn(f"the run goes on otherwise than it began: {differing[0]}; batch statistics are a device's")
-    elif changed:
+    _check_going_on(out, before, {key: now[key] for key in ("images", "backend", *told) if key != "devices"})
+    if before.get("devices", now.get("devices")) != now.get("devices"):
+        warn(
+            f"the run goes on otherwise than it began: devices was {before['devices']!r}, now {now['devices']!r}; "
+            "batch statistics are a device's"
+        )
+    _note_another_code(out, before, now, warn)
+
+
+def _check_going_on(out: pathlib.Path, before: dict, now: dict) -> None:
+    differing = [f"{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if k in before and before[k] != v]
+    if differing:
         raise ValueError(
             f"Expected {out} to go on as it began. Received: {'; '.join(differing)}. Choose another --out, or remove "
             "the folder."
         )
+
+
+def _note_another_code(out: pathlib.Path, before: dict, now: dict, warn: Callable[[str], None]) -> None:
+    """Add to options.json by what a run goes on, where that is not what it began with."""
+    continued = before.get("continued", [])
+    latest = {**before, **(continued[-1] if continued else {})}
+    changed = [key for key in ("commit", "versions", "machine") if latest.get(key) != now[key]]
+    if changed:
+        said = "; ".join(f"{key} was {latest.get(key)}, now {now[key]}" for key in changed)
+        warn(f"the run goes on with other code or elsewhere: {said}; options.json tells both")
+        continued = [*continued, {key: now[key] for key in ("commit", "versions", "machine")}]
+        write_json(out / "options.json", {**before, "continued": continued})
 
 
 def plain(settings: dict) -> dict:

@@ -57,14 +57,14 @@ def run(
         moving average of the weights, the figures are the average's, and test_..._without_average those of the weights.
 
     Raises:
-        ValueError: if the folder holds another run, if another process trains in it, or if every checkpoint of it is
-            damaged.
+        ValueError: if the folder holds another run, or one that was watched otherwise or not tested; if every
+            checkpoint of it is damaged; nfzoo.engine.Taken, which is one, if another process trains in it.
         nfzoo.callbacks.Terminated: on SIGTERM, once the state is saved.
 
     Example:
         >>> import nfzoo, tempfile
         >>> recipe = nfzoo.recipes.override(nfzoo.recipes.get("demo"), {"data.name": "fake", "epochs": 1})
-        >>> metrics = run("sn_test_efficientnet", recipe, tempfile.mkdtemp(), console=Console(quiet=True))
+        >>> metrics = run("sn_test_ffnn", recipe, tempfile.mkdtemp(), console=Console(quiet=True))
         >>> metrics["status"], metrics["epochs"]
         ('complete', 1)
     """
@@ -72,7 +72,8 @@ def run(
     console = (console or Console()) if devices.leads else Console(quiet=True)
     devices.check(recipe)
     resolved = folder.options(model, recipe, overrides)
-    if (done := folder.result(out, resolved)) is not None:
+    watched = {"taps": taps, "signals": folder.plain(signals or {})}
+    if (done := folder.result(out, resolved, watched, test)) is not None:
         console.print(f"{out}: {done['status']} already, nothing to do", markup=False, soft_wrap=True)
         return done
     with (
@@ -81,10 +82,10 @@ def run(
         devices.scope(),
         backend.deterministic(recipe.deterministic),
     ):
-        return _train(resolved, recipe, out, taps, signals or {}, keep_model, test, console, devices)
+        return _train(resolved, recipe, out, watched, signals or {}, keep_model, test, console, devices)
 
 
-def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devices) -> dict:
+def _train(resolved, recipe, out, watched, signals, keep_model, test, console, devices) -> dict:
     warn = lambda text: console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)  # noqa: E731
     images = learning.load_images(resolved, recipe)
     state = start(out, resolved, recipe, images, warn)
@@ -98,11 +99,12 @@ def _train(resolved, recipe, out, taps, signals, keep_model, test, console, devi
     present = np.bincount(images.train.labels, minlength=len(images.classes))
     if missing := [name for name, count in zip(images.classes, present, strict=True) if not count]:
         warn(f"of {len(images.classes)} classes {len(missing)} have no training image: {', '.join(missing[:5])}")
-    watch, watched = None, {"taps": taps, "signals": folder.plain(signals)}
-    if taps:
+    watch = None
+    if watched["taps"]:
         signals = {**signals, "log_dir": out if devices.leads else None}  # others measure too: it takes all devices
-        watch = _watch(state.net, images, recipe.one_hot, taps, signals, console)
+        watch = _watch(state.net, images, recipe.one_hot, watched["taps"], signals, console)
     batches = data.pipeline(images, recipe, devices.shard, devices.multiple)
+    _check_updates(recipe, len(batches["train"]))
     if not state.began:
         learning.prepare(state.net, recipe, len(batches["train"]), frozen=bool(recipe.frozen_epochs))
     if devices.leads:  # all that can be wrong with the settings has been said
@@ -143,6 +145,17 @@ def _warn_of_an_idle_schedule(recipe: recipes.Recipe, warn) -> None:
             f'the learning rate never falls: schedule "{recipe.schedule.name}" {late}; --set schedule.milestones=[…] '
             "(halving: start, every), or --set schedule.name=cosine"
         )
+
+
+def _check_updates(recipe: recipes.Recipe, steps: int) -> None:
+    """Refuse a part of the training that ends before its first update."""
+    for epochs in filter(None, (recipe.frozen_epochs, recipe.epochs - recipe.frozen_epochs)):
+        if steps * epochs < recipe.optimizer.accumulate:
+            raise ValueError(
+                f"Expected at least optimizer.accumulate={recipe.optimizer.accumulate} batches, after which weights "
+                f"are updated. Received: {steps * epochs} in {epochs} epoch(s); take more epochs, smaller batches, or "
+                "accumulate fewer"
+            )
 
 
 def _position(state: State) -> str:

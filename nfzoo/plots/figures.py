@@ -119,7 +119,7 @@ def compare(
 
     Args:
         logs, panels, theory: see `signal_propagation`.
-        at: "first" (at initialisation), "last", or both: rows of the figure.
+        at: "first" (what was recorded first, as a rule at initialisation), "last", or both: rows of the figure.
 
     Example:
         >>> log = pd.DataFrame({"kind": "activation", "place": "block", "layer": ["stem_out", "stage1_block1_out"],
@@ -141,7 +141,9 @@ def compare(
             _models(axes, what, grids, theory, lambda found, at=position: found.steps[at])
             axes.set_ylabel(what.title)
             if len(times) > 1:
-                axes.set_title("at initialisation" if when == "first" else "at the end")
+                begins = {found.label(found.steps[0]) for found in grids.values()}
+                first = begins.pop() if len(begins) == 1 else "at first"
+                axes.set_title(first if when == "first" else "at the end")
     legend(figure)
     return figure
 

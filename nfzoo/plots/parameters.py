@@ -41,6 +41,15 @@ def weights(
         edges: between the bins of the histograms: `nfzoo.spp.read_meta(run)["edges"]`.
         kind: "weight", "effective_weight", "weight_gradient", or "activation".
 
+    Raises:
+        ValueError: without edges, or for logs without the statistic.
+
+    Example:
+        >>> log = pd.DataFrame({"kind": "weight", "place": "parameter", "layer": "stem_conv1/kernel", "depth": 0,
+        ...                     "step": [0, 79], "epoch": [0, 1], "histogram": [[1, 2, 1], [0, 4, 0]]})
+        >>> len(weights({"SN": log}, edges=[-0.1, 0.1]).axes) >= 1
+        True
+
     References: EUNNet (IEEE Access 2023), Figure 4.
     """
     logs = check(logs)
@@ -85,6 +94,16 @@ def scalars(logs: Logs, pattern: str | None = None) -> Figure:
         logs: see `signal_propagation`, with records of kind "parameter".
         pattern: regular expression on variable paths; default: the scalars of residual branches if there are, else
             gains of units, else the gammas of normalizations.
+
+    Raises:
+        ValueError: for logs without such parameters.
+
+    Example:
+        >>> log = pd.DataFrame({"kind": "parameter", "place": "parameter", "layer": "stage1_block1_out/gain",
+        ...                     "depth": 1, "step": [0, 79], "epoch": [0, 1], "value": [0.0, 0.3], "least": [0.0, 0.3],
+        ...                     "largest": [0.0, 0.3]})
+        >>> len(scalars({"SkipInit": log}).axes)
+        1
 
     References: EUNNet (IEEE Access 2023), Table 7.
     """

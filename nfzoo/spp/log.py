@@ -54,7 +54,15 @@ def write_meta(folder: str | pathlib.Path, description: dict) -> None:
 
 
 def read_meta(path: str | pathlib.Path) -> dict:
-    """Read the description of a log (of its file or its folder): model, layers, definitions; {} where there is none."""
+    """Read the description of a log (of its file or its folder): model, layers, definitions; {} where there is none.
+
+    Raises:
+        ValueError: if it is damaged.
+
+    Example:
+        >>> read_meta("/nowhere")
+        {}
+    """
     path = pathlib.Path(path)
     path = (path if path.is_dir() else path.parent) / META
     try:
@@ -66,8 +74,19 @@ def read_meta(path: str | pathlib.Path) -> dict:
 def read(path: str | pathlib.Path) -> pd.DataFrame:
     """Read a log, or the log of a run's folder, as a table; broken lines are left out, what is not finite is NaN.
 
+    Returns:
+        A row per step, kind and layer: columns step, epoch, kind, place, layer, depth, and a column per statistic.
+
     Raises:
         FileNotFoundError: if there is no log.
+        ValueError: if no line of it is whole.
+
+    Example:
+        >>> import tempfile
+        >>> log = SignalLog(pathlib.Path(tempfile.mkdtemp()) / "spp.jsonl")
+        >>> log.append([{"step": 0, "epoch": 0, "kind": "activation", "layer": "stem_out", "acv": 1.0}])
+        >>> read(log.path.parent).acv.tolist()
+        [1.0]
     """
     path = pathlib.Path(path)
     path = path / "spp.jsonl" if path.is_dir() else path

@@ -5,6 +5,7 @@ weights, moving statistics, random states, the optimizer's slots, its iterations
 """
 
 import contextlib
+import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -42,14 +43,10 @@ def prepare(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -
     resolved = engine.options(model, recipe, overrides)
     images = learning.load_images(resolved, recipe)
     batches = data.pipeline(images, recipe)["train"]
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(recipe.precision)
-    try:
+    with learning.precision(recipe.precision):
         keras.utils.set_random_seed(recipe.seed)
         net = learning.new_model(resolved, images, recipe)
         learning.prepare(net, recipe, len(batches))
-    finally:
-        keras.config.set_dtype_policy(before)
     return net, batches
 
 
@@ -89,6 +86,8 @@ def lr_find(
         (True, 0.01)
     """
     _check(model, start, end, steps, smoothing)
+    if isinstance(batches, data.Batches):  # a copy: theirs stay in the epoch in which they are
+        batches = copy.copy(batches)
     stream = _endless(batches)
     first = next(stream, None)
     if first is None:
@@ -170,6 +169,8 @@ def _endless(batches: Iterable) -> Iterator[tuple]:
         yield from one_round
         if one_round is batches:
             return
+        if indexed:
+            batches.on_epoch_end()  # as `fit` tells them: another order, other augmentation
 
 
 def _check(model: keras.Model, start: float, end: float, steps: int, smoothing: float) -> None:

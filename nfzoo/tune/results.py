@@ -15,7 +15,7 @@ FLAGS = {
     "data.name": "--data", "data.data_dir": "--data-dir", "epochs": "--epochs", "batch_size": "--batch-size",
     "optimizer.learning_rate": "--lr", "seed": "--seed",
 }  # fmt: skip
-_NAMES = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}
+_NAMES = {"val_accuracy": "validation accuracy"}
 
 
 def rows(spec: Spec, trials: list[Trial], results: dict[str, dict]) -> pd.DataFrame:

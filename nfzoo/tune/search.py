@@ -58,7 +58,7 @@ def scan(
 
     Returns:
         Columns model, one per axis (learning_rate, clip_factor, …; max_epochs of hyperband), seed, status ("complete",
-        "diverged", "out_of_memory"), test_accuracy, val_accuracy, epochs, seconds.
+        "diverged", "out_of_memory"), val_accuracy, epochs, seconds. The test split is not read: a choice follows.
 
     Raises:
         ValueError: for settings that fit no recipe, before anything is made.
@@ -68,7 +68,7 @@ def scan(
         >>> import nfzoo, tempfile
         >>> recipe = nfzoo.recipes.override(nfzoo.recipes.get("demo"), {"data.name": "fake", "epochs": 1})
         >>> quiet = Console(quiet=True)
-        >>> table = scan(["sn_test_efficientnet"], [1e-3], recipe, tempfile.mkdtemp(), seeds=[0], console=quiet)
+        >>> table = scan(["sn_test_ffnn"], [1e-3], recipe, tempfile.mkdtemp(), seeds=[0], console=quiet)
         >>> table[["learning_rate", "status"]].values.tolist()
         [[0.001, 'complete']]
     """

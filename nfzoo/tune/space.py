@@ -14,7 +14,7 @@ EPOCHS = "epochs"
 # What paths are called in the names of folders and in the columns of tables; any other is called by its last word.
 SHORT = {LEARNING_RATE: "lr", "agc.clip_factor": "clip", "optimizer.weight_decay": "wd"}
 COLUMNS = {EPOCHS: "max_epochs"}  # "epochs" tells how many were trained
-METRICS = ("status", "test_accuracy", "val_accuracy", "epochs", "seconds")
+METRICS = ("status", "val_accuracy", "epochs", "seconds")
 Value = bool | int | float | str | None
 
 

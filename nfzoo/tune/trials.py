@@ -14,7 +14,7 @@ import keras
 from rich.console import Console
 
 from nfzoo import callbacks, engine
-from nfzoo.files import atomic, to_json
+from nfzoo.engine.folder import write_json
 from nfzoo.tune.plan import result
 from nfzoo.tune.space import Spec, Trial
 
@@ -122,8 +122,8 @@ def run(trial: Trial, spec: Spec, out: pathlib.Path) -> None:
                     raise MemoryError(f"killed {times} times at one place, as by a system whose memory ran out")
                 metrics = engine.run(
                     model, trial.recipe(spec.recipe), folder, overrides=spec.overrides, taps=None, keep_model=False,
-                    console=Console(file=log, width=120),
-                )  # fmt: skip
+                    test=False, console=Console(file=log, width=120),
+                )  # fmt: skip  # a choice follows: the test split is for the chosen one
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -149,8 +149,6 @@ def _record(trial: Trial, spec: Spec, folder: pathlib.Path, error: str, seconds:
     gc.collect()
     resolved = engine.options(trial.setting.model, trial.recipe(spec.recipe), spec.overrides)
     metrics = {"status": "out_of_memory", "epochs": 0, "seconds": round(seconds, 1), "error": error[:1000]}
-    files = {"options.json": resolved, "metrics.json": metrics}
-    for name, content in files.items():
-        if name == "metrics.json" or not (folder / name).exists():
-            with atomic(folder / name) as partial:
-                partial.write_text(to_json(content, indent=1))
+    if not (folder / "options.json").exists():
+        write_json(folder / "options.json", {**resolved, **engine.environment()})
+    write_json(folder / "metrics.json", metrics)

@@ -190,7 +190,8 @@ def run_workers(plan: Plan, count: int) -> None:
 def _all_killed(plan: Plan, codes: list[int]) -> None:
     # A run that SIGTERM ends saves its state and exits with 128 + 15.
     numbers = {-code if code < 0 else code - 128 for code in codes if code < 0 or code > 128}
-    names = ", ".join(sorted(signal.Signals(number).name for number in numbers))
+    known = {number.value: number.name for number in signal.Signals}
+    names = ", ".join(known.get(number, f"status {number + 128}") for number in sorted(numbers))
     raise RuntimeError(
         f"Expected workers that live. Received: all were ended by {names or 'others'}; if memory ran out, take fewer "
         f"--workers or a smaller batch_size. The same command goes on, logs are in {plan.out / 'logs'}"
