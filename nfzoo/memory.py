@@ -58,6 +58,8 @@ def stored(model: keras.Model, bytes_per_number: int = 4) -> Memory:
     It is the least that a framework without rematerialization keeps: kernels' own scratch memory comes on top, and so
     does what an executor has not freed yet. A layer of a kind that is not known counts with inputs and output.
 
+    A layer or network that is called several times is counted once.
+
     Args:
         model: a functional model of fixed input size.
         bytes_per_number: 4 for float32, 2 for half precision.

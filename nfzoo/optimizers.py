@@ -23,10 +23,10 @@ def innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimiz
     return optimizer
 
 
-def _updating(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
+def updating(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
     """Those that update: one, or the several of a `MultiOptimizer`, of which each has variables of its own."""
     inner = innermost(optimizer)
-    return [part for one in inner.optimizers for part in _updating(one)] if hasattr(inner, "optimizers") else [inner]
+    return [part for one in inner.optimizers for part in updating(one)] if hasattr(inner, "optimizers") else [inner]
 
 
 def clipping_of(model: keras.Model) -> tuple[AGC, dict[str, Axes | None]]:
@@ -54,7 +54,7 @@ def clipped_updates(optimizer: keras.optimizers.Optimizer, agc: AGC, units: dict
         units: path of a variable -> the axes of its units, None to leave it as it is; see `AGC.units`.
     """
     # Replicas are traced side by side and meet in one update: the first clips for all.
-    parts = [part for part in _updating(optimizer) if "update_step" not in vars(part)]
+    parts = [part for part in updating(optimizer) if "update_step" not in vars(part)]
     for part in parts:
         # The instance's attribute shadows the method, past Keras' tracking.
         object.__setattr__(part, "update_step", functools.partial(_clipped_step, part, part.update_step, agc, units))
@@ -193,7 +193,8 @@ class AdaptiveGradientClipping(keras.optimizers.Optimizer):
 
 def _renamed(units: dict, paths: list[str]) -> dict:
     """Units by the paths that variables have now: Keras loads a Sequential model under another name than it had."""
-    return dict(zip(paths, units.values(), strict=True)) if _alike(list(units), paths) else units
+    other = not units.keys() >= set(paths)  # else they are the same, in whatever order
+    return dict(zip(paths, units.values(), strict=True)) if other and _alike(list(units), paths) else units
 
 
 def _alike(before: list[str], paths: list[str]) -> bool:

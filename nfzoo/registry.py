@@ -26,7 +26,7 @@ class ModelInfo:
     variant: str
     input_size: int
     test_size: int
-    classes: int
+    classes: int | None
     parameters: int
     trainable_parameters: int
     multiply_adds: int
@@ -371,7 +371,7 @@ def model_info(name: str, **overrides) -> ModelInfo:
     if overrides or parsed.overrides:  # the variants import Keras
         spec, model = resolve_fields(parsed, overrides_of(overrides))[1], undrawn(name, **overrides)
         counts, size = _counts(model, name, overrides), model.input_shape[1]
-        classes = next((layer.units for layer in model.layers if layer.name == "head"), classes)
+        classes = next((layer.units for layer in model.layers if layer.name == "head"), None)
     else:
         counts = _manifest()[str(parsed)]
     test_size = spec.test_size or spec.size

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 
 import keras
 
@@ -38,6 +40,12 @@ class NFModel(Step, keras.Model):
     agc: clipping.AGC | None = None
     clipped_share: keras.metrics.Mean | None = None
     _evaluates = False
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        """A subclass' own training step clips, too: within it the optimizer's updates do, at most once."""
+        super().__init_subclass__(**kwargs)
+        if "train_step" in vars(cls):
+            cls.train_step = _clipping(cls.train_step)
 
     def compile(self, *args, agc: clipping.AGC | None = None, **kwargs) -> None:
         """Configure training as `keras.Model.compile`, with `agc` for adaptive gradient clipping (None: off).
@@ -96,6 +104,12 @@ class NFModel(Step, keras.Model):
         self.agc_axes()
         return clipped_updates(self.optimizer, self.agc, self._agc_units)
 
+    def save(self, filepath, *args, **kwargs) -> None:
+        """As `keras.Model.save`; a legacy .h5 file has no place for AGC, which is said."""
+        if self.agc is not None and str(filepath).endswith((".h5", ".hdf5")):
+            warnings.warn(f"{filepath} loads without agc: write a .keras file, or compile again", stacklevel=2)
+        super().save(filepath, *args, **kwargs)
+
     def summary(self, *args, print_fn=None, **kwargs) -> None:
         """Print as `keras.Model.summary`, and the rates of stochastic depth, for which its table has no column."""
         super().summary(*args, print_fn=print_fn, **kwargs)
@@ -134,6 +148,15 @@ class NFModel(Step, keras.Model):
 
 # Keras' legacy .h5 files name a class without its package.
 keras.saving.get_custom_objects().setdefault("NFModel", NFModel)
+
+
+def _clipping(step: Callable) -> Callable:
+    @functools.wraps(step)
+    def clipping_step(self, *args, **kwargs):
+        with self.clipping():
+            return step(self, *args, **kwargs)
+
+    return clipping_step
 
 
 def _clips(optimizer: keras.optimizers.Optimizer | None) -> bool:

@@ -5,6 +5,7 @@ import re
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from agc_suite import reference
 from conftest import crossentropy, slow_but
 
@@ -296,3 +297,75 @@ def test_frozen_layers_leave_the_rest_to_train(images):
     model.get_layer("stem_conv1").trainable = False
     model.compile("sgd", crossentropy(), agc=nfzoo.AGC())
     assert np.isfinite(model.fit(*images, verbose=0).history["loss"][0])
+
+
+class OwnStep(nfzoo.NFModel):
+    """As a tutorial writes it."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"loss": loss}
+
+
+class Through(nfzoo.NFModel):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize("kind", [OwnStep, Through])
+def test_a_training_step_of_ones_own_clips_once(kind, images):
+    moved = []
+    for cls in (nfzoo.NFModel, kind):
+        keras.utils.set_random_seed(0)
+        plain = nfzoo.build("sn_test_ffnn", size=32, dropout_rate=0.0)
+        model = cls(plain.inputs, plain.outputs)
+        model.compile(keras.optimizers.SGD(1.0), crossentropy(), agc=nfzoo.AGC(1e-3))
+        before = [np.array(w) for w in model.get_weights()]
+        model.fit(*images, batch_size=8, verbose=0)
+        moved.append([after - first for after, first in zip(model.get_weights(), before, strict=True)])
+    for ours, own in zip(*moved, strict=True):
+        np.testing.assert_allclose(own, ours, rtol=1e-4, atol=1e-7)
+
+
+def test_a_legacy_file_without_agc_is_said(tmp_path):
+    model = nfzoo.build("sn_test_ffnn")
+    model.compile("sgd", crossentropy(), agc=nfzoo.AGC(0.02))
+    with pytest.warns(UserWarning, match="without agc"):
+        model.save(tmp_path / "model.h5")
+
+
+class Bare(nfzoo.NFModel):
+    """A loss without the argument `training`, which Keras passes only to those that have it."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return keras.ops.mean((y_pred - keras.ops.one_hot(y, 10)) ** 2)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_losses_of_ones_own_and_frozen_networks_train(images, trainable):
+    plain = nfzoo.build("sn_test_ffnn", size=32)
+    model = Bare(plain.inputs, plain.outputs)
+    model.trainable = trainable
+    model.compile("sgd", crossentropy(), agc=nfzoo.AGC(0.01))
+    before = [np.array(w) for w in model.get_weights()]
+    callbacks = [nfzoo.SignalPropagation(*images, taps="layers"), nfzoo.SignalPropagation(source="live")]
+    model.fit(*images, batch_size=8, verbose=0, callbacks=callbacks)
+    assert all(map(np.array_equal, before, model.get_weights())) != trainable
+    assert {"activation", "gradient"} <= set(callbacks[1].table().kind)
+
+
+def test_an_input_may_be_left_out():
+    first, second = keras.Input((4,), name="a", optional=True), keras.Input((4,), name="b")
+
+    class Whichever(keras.layers.Layer):
+        def call(self, a, b):
+            return b if a is None else a + b
+
+    outputs = keras.layers.Dense(2, name="head")(Whichever()(first, second))
+    model = nfzoo.NFModel({"a": first, "b": second}, outputs)
+    model.compile("sgd", "mse", agc=nfzoo.AGC(0.01))
+    assert np.isfinite(model.train_on_batch({"a": None, "b": np.ones((3, 4))}, np.ones((3, 2))))

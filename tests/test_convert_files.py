@@ -91,6 +91,9 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
     for wrong in ((-1, (2,), (1,)), (0, (2,), (-1,)), (0, (-2,), (1,)), (3, (2,), (1,)), (0, (2, 2), (2, 2))):
         with pytest.raises(ValueError, match="beyond its storage of 4"):
             torch_file._rebuild_tensor(storage, *wrong)
+    wraps = (0, (np.int64(2**32 + 1),), (np.int64(2**32),))  # (n - 1) * stride is 2^64, of which int64 keeps nothing
+    with pytest.raises(ValueError, match="beyond its storage of 4"):
+        torch_file._rebuild_tensor(storage, *wraps)
 
 
 def test_a_legacy_file_has_every_storage_that_its_tensors_need(tmp_path):

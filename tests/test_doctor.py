@@ -218,3 +218,22 @@ def test_what_regularizers_add_is_no_strong_opinion():
     network = _network(heavy)
     found = _findings(network)["loss"]
     assert float(sum(network.losses)) > 5 and found.severity == "good", found
+
+
+def test_several_optimizers_and_steps_at_once():
+    """An average is nobody's training: of each of several optimizers it is left out. Steps are judged one by one."""
+    ends = []
+    for several in (False, True):
+        keras.utils.set_random_seed(0)
+        model = nfzoo.build("sn_test_ffnn", dropout_rate=0.0)
+        one = keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.999)
+        model.compile(keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(one)) if several else one, LOGITS)
+        x = np.random.default_rng(0).standard_normal((32, 8, 8, 3)).astype("float32")
+        loss = next(
+            f for f in examine(model, x, np.arange(32) % 10, steps=20, batch_size=32).findings if f.check == "loss"
+        )
+        ends.append(loss.sentence)
+    assert ends[0] == ends[1]
+    model.compile("sgd", LOGITS, steps_per_execution=2)
+    with pytest.raises(ValueError, match="steps_per_execution=2"):
+        examine(model, x, np.arange(32) % 10, steps=4, batch_size=8)

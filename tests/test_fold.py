@@ -317,3 +317,11 @@ def test_a_padded_pool_has_no_infinity_in_it():
     assert any(type(layer).__name__ == "MaxPool2D" and layer.pad for layer in net.layers)
     plain = nfzoo.fold(net)
     assert plain.fold_report.difference < 1e-4 and "Infinity" not in plain.to_json()
+
+
+def test_outputs_that_overflow_are_not_taken_for_equal():
+    """NaN compares with nothing: what cannot be verified is refused."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    model.layers[0].kernel.assign(np.full((4, 3), np.inf))
+    with pytest.raises(ValueError, match="computes the same when folded"):
+        fold(model)

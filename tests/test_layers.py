@@ -522,3 +522,28 @@ def test_lora_under_mixed_precision_is_standardized_in_float32(policy):
 def test_pooling_that_would_pad_other_axes_is_refused():
     with pytest.raises(ValueError, match="channels_last"):
         layers.MaxPool2D(3, 2, pad=1, data_format="channels_first")
+
+
+def test_depthwise_convolutions_with_strides_and_dilation():
+    x = np.random.default_rng(0).standard_normal((2, 11, 11, 3)).astype("float32")
+    for padding in ("same", "valid"):
+        options = {"strides": 2, "dilation_rate": 2, "padding": padding}
+        _assert_like_keras(layers.DepthwiseConv2D(3, **options), keras.layers.DepthwiseConv2D(3, **options), x)
+
+
+def test_a_spare_standardized_layer_is_no_obstacle(tmp_path):
+    class Spare(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = layers.ScaledStdConv2D(4, 3), layers.ScaledStdConv2D(4, 3)
+
+        def build(self, shape):
+            self.used.build(shape)
+
+        def call(self, x):
+            return self.used(x)
+
+    model, x = Spare(), np.ones((1, 8, 8, 3), "float32")
+    model(x)
+    model.save_weights(tmp_path / "spare.weights.h5")
+    assert (tmp_path / "spare.weights.h5").stat().st_size > 500

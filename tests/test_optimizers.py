@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from nfzoo.optimizers import Adam, Group, MomentumSGD, RMSprop
+from nfzoo import AGC
+from nfzoo.optimizers import Adam, AdaptiveGradientClipping, Group, MomentumSGD, RMSprop
 
 STEPS, WARMUP, PEAK = 50, 10, 0.4
 
@@ -140,3 +141,15 @@ def test_bad_settings():
         trained(MomentumSGD(0.1, groups=[Group("spare")]))
     with pytest.raises(ValueError, match="0 <= momentum < 1"):
         MomentumSGD(0.1, momentum=1.0)
+
+
+def test_units_go_by_paths_in_whatever_order():
+    """Towers of the same layers: ends of paths are alike."""
+    towers = [keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="d")], name=n) for n in ("left", "right")]
+    x = keras.Input((3,))
+    model = keras.Model(x, keras.layers.add([tower(x) for tower in towers]))
+    for variables in (model.trainable_variables, model.trainable_variables[::-1]):
+        optimizer = AdaptiveGradientClipping(keras.optimizers.SGD(), model, AGC(exclude=("left/d/kernel",)))
+        optimizer.build(variables)
+        units = {path: axes for path, axes in optimizer.units.items() if path.endswith("kernel")}
+        assert units == {"left/d/kernel": None, "right/d/kernel": (0,)}

@@ -175,3 +175,8 @@ def test_what_is_counted_is_never_drawn(monkeypatch):
     assert registry.measure("bn_test_resnet") == registry._manifest()["bn_test_resnet"]
     with keras.StatelessScope():
         keras.Variable("zeros", (1,))  # the end of a scope draws all that was registered before it
+
+
+def test_a_network_without_its_top_has_no_classes():
+    assert nfzoo.model_info("nf_test_resnet", include_top=False).classes is None
+    assert nfzoo.model_info("nf_test_resnet", features_only=True).classes is None

@@ -602,3 +602,25 @@ def test_what_is_computed_twice_is_seen_once():
     np.testing.assert_allclose(first.second_moment[kept], rows.second_moment[kept], rtol=1e-5)
     assert live.table().set_index(["kind", "layer"]).second_moment[kept].notna().all()
     assert model._remat_mode is not None and model.get_layer("conv0")._remat_mode is not None
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_quantized_layers_are_seen(images):
+    model = nfzoo.build("sn_test_ffnn", size=32)
+    seen = set(spp.snapshot(model, images[0], taps="layers", what=("activations",)).layer)
+    model.quantize("int8")
+    assert set(spp.snapshot(model, images[0], taps="layers", what=("activations",)).layer) == seen
+    assert not any({"call", "quantized_call"} & vars(layer).keys() for layer in model.layers)
+
+
+def test_the_effective_kernel_of_lora_is_told_once(images):
+    model = nfzoo.build("nf_test_resnet")
+    layer = model.get_layer("stage1_block1_conv2")
+    asked = {"what": ("weights",)}
+    plain = spp.snapshot(model, images[0], **asked).set_index(["kind", "layer"])
+    path = layer.kernel.path
+    layer.enable_lora(2)  # its product starts at zero
+    table = spp.snapshot(model, images[0], **asked)
+    told = table[(table.kind == "effective_weight") & table.layer.str.startswith(layer.name)]
+    assert told.layer.tolist() == [path]
+    assert told.acv.item() == pytest.approx(plain.acv["effective_weight", path], rel=1e-4)

@@ -67,6 +67,28 @@ def test_two_replicas_see_what_one_sees(fresh_process):
     assert worst["probe"] < 1e-3 and worst["live"] < 1e-3, worst
 
 
+def test_replicas_that_normalization_ties_together_are_watched(fresh_process):
+    """They meet in the middle of a layer, which both are within then."""
+    code = """
+import json
+import numpy as np
+import keras, nfzoo
+from nfzoo import backend
+backend.split_cpu(2)
+rng = np.random.default_rng(0)
+x, y = rng.standard_normal((8, 16, 16, 3)).astype("float32"), np.arange(8) % 10
+with backend.data_parallel():
+    model = nfzoo.build("bn_test_ffnn", input_shape=(16, 16, 3))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+live = nfzoo.SignalPropagation(source="live")
+model.fit(x, y, batch_size=8, verbose=0, callbacks=[live])
+left = [layer.name for layer in model.layers if "call" in vars(layer)]
+print(json.dumps([int(live.table().acv.notna().sum()), left]))
+"""
+    seen, left = fresh_process(code)
+    assert seen > 5 and not left
+
+
 def test_live_gradients_of_half_precision_are_unscaled(images):
     """The loss scale of 2^15 would make them a thousand million times larger in square."""
 

@@ -3,7 +3,9 @@
 import contextlib
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 
@@ -18,32 +20,66 @@ def recording(model: keras.Model, taps: dict[str, keras.Layer], see: Callable) -
     What is seen is kept: what `keras.RematScope` has computed twice is computed once meanwhile.
     """
     models = [model, *(layer for layer in model._flatten_layers() if isinstance(layer, keras.Model))] if taps else []
-    modes = [(part, part._remat_mode) for part in {id(part): part for part in (*models, *taps.values())}.values()]
-    # The instance's attribute shadows the method; set past Keras' tracking, which locks built layers.
-    for part, _ in modes:
+    parts = {id(part): part for part in (*models, *taps.values())}.values()
+    # Set past Keras' tracking, which locks built layers.
+    for part in parts:
+        mode, times = _HELD.get(id(part), (part._remat_mode, 0))
+        _HELD[id(part)] = mode, times + 1
         object.__setattr__(part, "_remat_mode", None)
     for name, layer in taps.items():
-        object.__setattr__(layer, "call", _seen(name, layer.call, see))
+        _watched(layer).eyes[threading.get_ident()] = _eye(name, see)
     try:
         yield
     finally:
         for layer in taps.values():
-            object.__delattr__(layer, "call")
-        for part, mode in modes:
-            object.__setattr__(part, "_remat_mode", mode)
+            del _watched(layer).eyes[threading.get_ident()]
+            if not _watched(layer).eyes:
+                object.__delattr__(layer, _called(layer))
+        for part in parts:
+            mode, times = _HELD.pop(id(part))
+            if times > 1:
+                _HELD[id(part)] = mode, times - 1
+            else:
+                object.__setattr__(part, "_remat_mode", mode)
 
 
-def _seen(name: str, call: Callable, see: Callable) -> Callable:
+_HELD: dict[int, tuple[Any, int]] = {}  # part of a model -> what it was, and how many replicas record it
+
+
+class _Watched:
+    """Shadows a layer's method. The replicas of a strategy are threads that enter one layer in turns."""
+
+    def __init__(self, call: Callable):
+        self.call, self.eyes = call, {}
+
+    def __call__(self, *args, **kwargs):
+        output, eye = self.call(*args, **kwargs), self.eyes.get(threading.get_ident())
+        return output if eye is None else eye(output)
+
+
+def _called(layer: keras.Layer) -> str:
+    """The method that a call of the layer runs: a quantized one has another."""
+    return "call" if getattr(layer, "quantization_mode", None) is None else "quantized_call"
+
+
+def _watched(layer: keras.Layer) -> _Watched:
+    method = getattr(layer, _called(layer))
+    if not isinstance(method, _Watched):
+        method = _Watched(method)
+        object.__setattr__(layer, _called(layer), method)
+    return method
+
+
+def _eye(name: str, see: Callable) -> Callable:
     times = itertools.count(1)
 
-    def seen_call(*args, **kwargs):
-        output = call(*args, **kwargs)
+    def eye(output):
         if not keras.ops.is_tensor(output) or "float" not in keras.backend.standardize_dtype(output.dtype):
             return output
         time = next(times)
         return see(name if time == 1 else f"{name}#{time}", output)
 
-    return seen_call
+    return eye
 
 
 def training_mode(model: keras.Model) -> dict:

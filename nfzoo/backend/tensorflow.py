@@ -40,10 +40,11 @@ def train_step(model: keras.Model, data, live=None, taps=None):
     with tf.GradientTape() as tape:
         with recording(model, taps or {}, lambda name, value: seen.setdefault(name, value)):
             y_pred = model(x, **training_mode(model))
-        loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        # The method of its own kind that fits a `compute_loss` with and without `training`.
+        loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
         scaled_loss = model.optimizer.scale_loss(loss)
     variables = model.trainable_variables
-    gradients, at_taps = tape.gradient(scaled_loss, [variables, seen])
+    gradients, at_taps = tape.gradient(scaled_loss, [variables, seen]) if variables or seen else ([], {})
     scale = model.optimizer.scale_loss(tf.ones((), loss.dtype))
 
     # Under a strategy each replica holds the gradient of its share of the loss. The optimizer sums them for itself.
@@ -52,14 +53,15 @@ def train_step(model: keras.Model, data, live=None, taps=None):
     raw = _all_reduce(gradients) if replicas > 1 and (live or log) else gradients
     clipped = agc.clip(raw, [v.value for v in variables], model.agc_axes(), scale)[1] if log else None
     before = [tf.identity(v.value) for v in variables] if live else None
-    with clipping(model):
-        model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    if variables:  # else all is frozen
+        with clipping(model):
+            model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
     if live:
         paths, now = [v.path for v in variables], [v.value for v in variables]
         by_path = [dict(zip(paths, values, strict=True)) for values in (now, raw, before)]
         live.update_state(seen, by_path[0], unscaled(at_taps, scale), unscaled(by_path[1], scale), by_path[2])
 
-    size = tf.shape(tf.nest.flatten(x)[0])[0]
+    size = tf.shape(next(part for part in tf.nest.flatten(x) if part is not None))[0]  # inputs may be optional
     model._loss_tracker.update_state(loss * replicas, sample_weight=size)
     if log:
         model.clipped_share.update_state(clipped)
@@ -225,6 +227,8 @@ def depthwise_conv(x, kernel, strides, padding: str, dilation_rate):
     On a map smaller than the kernel some taps meet nothing but padding, and on a CPU the gradient of the kernel takes
     longer than all else. We leave these taps out: the result is the same, 2 to 10 times sooner.
     """
+    if max(strides) > 1 and max(dilation_rate) > 1:  # TensorFlow's operation takes one of the two
+        return keras.ops.depthwise_conv(x, kernel, strides, padding, dilation_rate=dilation_rate)
     sides = x.shape[1:3]
     if padding == "same" and set(dilation_rate) == {1} and None not in sides:
         reached = [_reached(*axis) for axis in zip(sides, kernel.shape[:2], strides, strict=True)]

@@ -32,6 +32,8 @@ class Storage:
 
 
 def _rebuild_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *_ignored) -> np.ndarray:
+    # NumPy's integers, which a file may hold, would overflow below.
+    offset, size, stride = int(offset), tuple(map(int, size)), tuple(map(int, stride))
     if 0 in size:
         return np.zeros(size, storage.data.dtype)
     end = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1

@@ -10,7 +10,7 @@ import pandas as pd
 
 from nfzoo.backend.taps import training_mode
 from nfzoo.doctor.checks import CHECKS, PROBE, Case, Finding, check
-from nfzoo.optimizers import innermost
+from nfzoo.optimizers import updating
 from nfzoo.spp import WHAT, SignalPropagation
 from nfzoo.spp.stats import DEFAULT
 
@@ -63,6 +63,11 @@ def examine(
         raise ValueError(f"Expected one array of examples and one of labels. Received: {kinds}")
     if not len(x) or len(x) != len(y):
         raise ValueError(f"Expected as many labels as examples, at least one. Received: {len(x)} examples, {len(y)}")
+    if model.steps_per_execution > 1:
+        raise ValueError(
+            "Expected a loss for every step. Received: a model that takes "
+            f"steps_per_execution={model.steps_per_execution} at once; compile it with 1"
+        )
     if not np.isfinite(x).all():
         broken = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))
         raise ValueError(f"Expected finite examples. Received: {len(broken)} with NaN or infinity, first: {broken[0]}")
@@ -72,8 +77,9 @@ def examine(
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
     kept = [(v, np.array(keras.ops.convert_to_numpy(v))) for v in (*model.variables, *optimizer.variables)]
-    inner = innermost(optimizer)
-    averaging, inner.use_ema = inner.use_ema, False  # `fit` would end with the average: not what has been trained
+    averaging = [(part, part.use_ema) for part in updating(optimizer)]
+    for part, _ in averaging:
+        part.use_ema = False  # `fit` would end with the average: not what has been trained
     try:
         model.fit(
             x[order], y[order], batch_size=batch_size, shuffle=False, verbose=0, callbacks=[watch, losses, *callbacks]
@@ -81,7 +87,8 @@ def examine(
         end = _loss(model, x[:PROBE], y[:PROBE], training=True)
         inference = _loss(model, x[:PROBE], y[:PROBE], training=False)
     finally:
-        inner.use_ema = averaging
+        for part, wanted in averaging:
+            part.use_ema = wanted
         for variable, value in kept:
             variable.assign(value)
     start = _loss(model, x[:PROBE], y[:PROBE], training=True)
@@ -109,7 +116,7 @@ def _loss(model: keras.Model, x, y, training: bool) -> float:
     outputs, _ = model.stateless_call(*values, keras.ops.convert_to_tensor(x), **mode)
     # What regularizers add is no part of what guessing costs.
     with keras.StatelessScope([(variable, variable.value) for variable in model.variables]):
-        loss = model.compute_loss(x=x, y=keras.ops.convert_to_tensor(y), y_pred=outputs, training=training)
+        loss = model._compute_loss(x=x, y=keras.ops.convert_to_tensor(y), y_pred=outputs, training=training)
         return float(loss - sum(model.losses))
 
 

@@ -111,6 +111,8 @@ def _window(layer, size: tuple[int, ...]) -> dict:
     """Window, strides and padding as attributes."""
     window = {"kernel_shape": size, "strides": layer.strides}
     dilation = getattr(layer, "dilation_rate", (1, 1))
+    if max(dilation) > 1 and max(layer.strides) > 1:
+        raise ValueError(f"Expected strides or dilation. Received: {layer.name}, which has both; write a SavedModel")
     if layer.padding == "same" and max(dilation) > 1:  # ONNX Runtime has no automatic padding here; strides are 1
         total = [rate * (side - 1) for rate, side in zip(dilation, size, strict=True)]
         return {**window, "pads": [*(n // 2 for n in total), *(n - n // 2 for n in total)]}

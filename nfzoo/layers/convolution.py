@@ -159,6 +159,8 @@ class _ScaledStd:
     # Keras' convolutions list the variables to store by hand and would lose the gain. Like theirs, the kernel is stored
     # with what LoRA has learned.
     def save_own_variables(self, store) -> None:
+        if not self.built:
+            return
         for number, value in enumerate((self._whole_kernel(), *self._beside_the_kernel())):
             store[str(number)] = value
 

@@ -37,7 +37,7 @@ class Probe:
         if loss is None:
             return None
         if loss == "compiled":
-            return lambda x, y, outputs: self.model.compute_loss(x=x, y=y, y_pred=outputs, training=True)
+            return lambda x, y, outputs: self.model._compute_loss(x=x, y=y, y_pred=outputs, training=True)
         function = keras.losses.get(loss)
         return lambda x, y, outputs: ops.mean(function(y, outputs))
 

@@ -55,6 +55,7 @@ class Reduction:
         order = {id(part): depth for depth, part in enumerate(_parts(layers.values()))}
         self.depth = {name: depth for depth, name in enumerate(self.taps)}
         self.depth |= {path: order.get(id(layer), -1) for path, (layer, _) in self.weights.items()}
+        self.depth |= {a._kernel.path: order.get(id(a), -1) for a, _ in self.weights.values() if _has_lora(a)}
         self.agc, units = clipping_of(model)
         self.units = {path: units.get(path, axes) for path, (_, axes) in self.weights.items()}
 
@@ -76,10 +77,12 @@ class Reduction:
                 told = self._statistics(weights[path], axes, True)
                 update = {} if before is None else {"update_to_weight": _change(before[path], weights[path])}
                 result["weight"][path] = {**told, **update}
-                if hasattr(layer, "effective_kernel"):
+                whole = layer._kernel.path if _has_lora(layer) else path  # of its two factors, once
+                if hasattr(layer, "effective_kernel") and whole not in result["effective_weight"]:
                     with keras.StatelessScope(_values(layer, weights)):
                         effective = layer.effective_kernel()
-                    result["effective_weight"][path] = self._statistics(effective, axes, True)
+                    fan_in = layer.fan_in_axes if _has_lora(layer) and self.definition == "channel" else axes
+                    result["effective_weight"][whole] = self._statistics(effective, fan_in, True)
             if path in weight_gradients:
                 gradient = weight_gradients[path]
                 ratios = self._against_weight(gradient, (before or weights)[path], self.units[path])
@@ -194,6 +197,10 @@ def _refuse_channels_first(layers: Iterable[keras.Layer]) -> None:
                 f"Expected a model whose channels come last: statistics are of channels. Received: {layer.name}, with "
                 'data_format="channels_first"'
             )
+
+
+def _has_lora(layer: keras.Layer) -> bool:
+    return getattr(layer, "lora_enabled", False)
 
 
 def _values(layer: keras.Layer, weights: dict) -> list[tuple]:
