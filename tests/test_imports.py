@@ -183,7 +183,7 @@ ALLOWED = {
     "tune/space.py": {"recipes", "settings"},
     "tune/plan.py": {"tune.space"},
     "tune/results.py": {"recipes", "tune.space"},
-    "tune/trials.py": {"callbacks", "engine", "files", "tune.plan", "tune.space"},
+    "tune/trials.py": {"callbacks", "engine", "engine.folder", "tune.plan", "tune.space"},
     "tune/workers.py": {"tune", "tune.plan", "tune.space", "tune.trials"},
     "tune/progress.py": {"tune.plan", "tune.trials"},
     "tune/lr_range.py": {"data", "engine", "engine.learning", "recipes"},
