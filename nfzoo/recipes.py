@@ -229,8 +229,8 @@ def _settings(kind: type[BaseModel] | None, name: str) -> type[BaseModel] | None
 def _is_text(kind: type[BaseModel] | None, leaf: str, value: Any) -> bool:
     """Whether a value is meant as it is written: of a setting that takes texts, and perhaps none, but no number."""
     field = kind.model_fields.get(leaf) if kind else None
-    kind = field.annotation if field else None
-    taken = set(get_args(kind)) if get_origin(kind) is UnionType else {kind}
+    declared = field.annotation if field else None
+    taken = set(get_args(declared)) if get_origin(declared) is UnionType else {declared}
     none = NoneType in taken and str(value).lower() == "none"
     return str in taken and not taken & {int, float} and not none
 

@@ -148,7 +148,8 @@ def test_units_go_by_paths_in_whatever_order():
     towers = [keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="d")], name=n) for n in ("left", "right")]
     x = keras.Input((3,))
     model = keras.Model(x, keras.layers.add([tower(x) for tower in towers]))
-    for variables in (model.trainable_variables, model.trainable_variables[::-1]):
+    for order in (towers, towers[::-1]):
+        variables = [v for tower in order for v in tower.trainable_variables]
         optimizer = AdaptiveGradientClipping(keras.optimizers.SGD(), model, AGC(exclude=("left/d/kernel",)))
         optimizer.build(variables)
         units = {path: axes for path, axes in optimizer.units.items() if path.endswith("kernel")}

@@ -37,18 +37,21 @@ def load_run(folder: str | pathlib.Path) -> keras.Model:
     with learning.precision(recipe.precision):  # else the optimizer comes without what scales its loss
         if path.exists():
             return keras.saving.load_model(path)
-        checkpoints = callbacks.sound(folder / "checkpoints", lambda text: warnings.warn(text, stacklevel=4))
-        for path, said in checkpoints:
-            warnings.warn(
-                f"{folder} has no trained model: this is its checkpoint after epoch {said['epoch']}", stacklevel=2
+        found = next(callbacks.sound(folder / "checkpoints", lambda text: warnings.warn(text, stacklevel=4)), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"Expected a trained model in {folder}. Received: neither model.keras nor a checkpoint"
             )
-            net = keras.saving.load_model(path)
-            if recipe.ema:
-                average = callbacks.AverageWeights()
-                average.end(net)
-                average.put_average()
-            return net
-    raise FileNotFoundError(f"Expected a trained model in {folder}. Received: neither model.keras nor a checkpoint")
+        path, said = found
+        warnings.warn(
+            f"{folder} has no trained model: this is its checkpoint after epoch {said['epoch']}", stacklevel=2
+        )
+        net = keras.saving.load_model(path)
+    if recipe.ema:
+        average = callbacks.AverageWeights()
+        average.end(net)
+        average.put_average()
+    return net
 
 
 def evaluate(folder: str | pathlib.Path, source: str | None = None, data_dir: str | None = None) -> dict:
