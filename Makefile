@@ -15,7 +15,7 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile  # a file's fixtures are made once
 
 slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --durations=60
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --durations=200
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
