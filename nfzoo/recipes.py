@@ -173,6 +173,9 @@ RECIPES: dict[str, Recipe] = {
 def get(name: str) -> Recipe:
     """Look up a recipe by name.
 
+    Raises:
+        ValueError: for an unknown name; the known ones are listed.
+
     Example:
         >>> get("poster").batch_size
         512

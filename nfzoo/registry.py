@@ -352,6 +352,9 @@ def model_info(name: str, **overrides) -> ModelInfo:
     Args:
         name: as for `build`. **overrides: as for `build`; with any, the model is built and counted anew.
 
+    Raises:
+        ValueError: for what `build` refuses, and for an input of unknown sides, whose cost is unknown.
+
     Example:
         >>> info = model_info("bn_efficientnet_b0")
         >>> info.trainable_parameters, info.batch_independent

@@ -46,7 +46,20 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: str | pathlib.Path) -> pathlib.Path:
-    """Write a figure as PNG (or what the ending says), whole or not at all."""
+    """Write a figure, whole or not at all.
+
+    Args:
+        figure: of this package, or any of Matplotlib.
+        path: its ending says the format, such as png at 150 dots per inch, svg or pdf.
+
+    Raises:
+        ValueError: for an ending that Matplotlib does not write; it lists those it does.
+
+    Example:
+        >>> import tempfile
+        >>> save(new_figure(2, 1), pathlib.Path(tempfile.mkdtemp()) / "empty.svg").name
+        'empty.svg'
+    """
     with atomic(path) as partial:
         figure.savefig(partial, dpi=150)
     return pathlib.Path(path)

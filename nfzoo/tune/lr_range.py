@@ -38,7 +38,24 @@ class RangeTest:
 
 
 def prepare(model: str, recipe: recipes.Recipe, overrides: dict | None = None) -> tuple[keras.Model, data.Batches]:
-    """A model of the zoo as a run would start with it, and its training batches; the learning rate is constant."""
+    """A model of the zoo as a run would start with it, and its training batches; the learning rate is constant.
+
+    Args:
+        model: a name, as for `nfzoo.build`.
+        recipe: its schedule is left out.
+        overrides: of the network, as for `nfzoo.build`.
+
+    Returns:
+        What `lr_find` takes: the model, compiled, and (x, y) of the training split, augmented.
+
+    Raises:
+        ValueError, FileNotFoundError: as `nfzoo.engine.run`, for an unknown model, and for data that are not there.
+
+    Example:
+        >>> model, batches = prepare("sn_test_ffnn", recipes.override(recipes.get("demo"), {"data.name": "fake"}))
+        >>> round(float(model.optimizer.learning_rate), 4), batches[0][0].shape[0]
+        (0.001, 64)
+    """
     recipe = recipe.model_copy(update={"schedule": recipes.Schedule()})
     resolved = engine.options(model, recipe, overrides)
     images = learning.load_images(resolved, recipe)

@@ -67,8 +67,17 @@ def summary(results: pd.DataFrame, of: str = "val_accuracy") -> pd.DataFrame:
 def best(results: pd.DataFrame) -> pd.Series | None:
     """The setting of the highest validation accuracy in the `summary`.
 
+    Args:
+        results: rows of `scan`, or of scan.csv.
+
     Returns:
         A row of `summary`, None if no trial is complete.
+
+    Example:
+        >>> trials = pd.DataFrame({"model": ["a", "a"], "learning_rate": [0.1, 1.0], "seed": [0, 0],
+        ...                        "status": ["complete", "diverged"], "val_accuracy": [0.5, 0.9]})
+        >>> float(best(trials).learning_rate)
+        0.1
     """
     if not (results.status == "complete").any():
         return None
@@ -90,7 +99,19 @@ def best_trial(spec: Spec, trials: list[Trial], results: dict[str, dict]) -> Tri
 
 
 def table(results: pd.DataFrame, of: str = "val_accuracy", most: int = 10) -> Table:
-    """The summary for the terminal: a column per learning rate where these are few, else the best settings."""
+    """The summary for the terminal: a column per learning rate where these are few, else the best settings.
+
+    Args:
+        results: rows of `scan`, or of scan.csv.
+        of: a column of them, a fraction; shown in percent.
+        most: how many settings, where they are no grid of at most eight learning rates.
+
+    Example:
+        >>> trials = pd.DataFrame({"model": ["a", "a"], "learning_rate": [0.1, 1.0], "seed": [0, 0],
+        ...                        "status": ["complete", "diverged"], "val_accuracy": [0.5, 0.9]})
+        >>> [list(column.cells) for column in table(trials).columns]
+        [['a'], ['0.0 (1 diverged)'], ['50.0']]
+    """
     cells, others = summary(results, of), [axis for axis in axes_of(results) if axis != "learning_rate"]
     title = f"{_NAMES.get(of, of)} %, mean ± std over seeds"
     rates = cells.learning_rate.nunique() if "learning_rate" in cells else 0
