@@ -487,3 +487,21 @@ def test_a_profile_finds_the_operations_of_a_step():
     assert kinds["convolutions"] > 0 and kinds["convolutions, gradients"] > 0
     assert not kinds["depthwise convolutions"] and not kinds["matrix products: 1 x 1 convolutions"]
     assert profiles.kind_of("_MklNativeDepthwiseConv2dNativeBackpropFilter") == "depthwise convolutions, gradients"
+
+
+def test_where_all_reach_the_final_nobody_waits_for_a_semifinal(results, contest, monkeypatch):
+    monkeypatch.setitem(experiments.CONTESTS, "tiny", replace(contest, rows=contest.rows[:3], finalists=2))
+    ran = []
+
+    def train(budget, stage, row, seed, *_):
+        if stage == "final" and (row.name, seed) == ("tanh", 0):
+            raise engine.Taken("by another process")
+        ran.append((stage, row.name, seed))
+        return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=0.1, epochs=1)}
+
+    monkeypatch.setattr(gap, "train", train)
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: pytest.fail("the test split is read last"))
+    gap.main("tiny", runs=results)
+    assert sorted(ran[6:]) == [
+        ("final", name, seed) for name, seed in [("relu", 0), ("relu", 1), ("selu", 0), ("selu", 1), ("tanh", 1)]
+    ]

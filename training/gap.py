@@ -72,10 +72,10 @@ def semifinals(contest: Contest, results: pd.DataFrame) -> list[Row]:
 
 
 def finals(contest: Contest, results: pd.DataFrame) -> list[Row]:
-    """Who is trained with every seed; nobody before the last semifinal is run."""
+    """Who is trained with every seed; where a semifinal chooses them, nobody before the last of it is run."""
     rows = semifinals(contest, results)
     runs = {row.name: lines(results, row, contest.seeds[0]) for row in rows}
-    if not all(map(len, runs.values())):
+    if contest.finalists < contest.semifinalists and not all(map(len, runs.values())):
         return []
     return ranked(contest, rows, {name: validation(run) for name, run in runs.items()}, contest.finalists)
 
