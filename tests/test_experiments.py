@@ -58,6 +58,17 @@ def test_published_lines_are_those_of_the_rows():
                 assert json.loads(line.build) == engine.options(row.model, recipe, row.build)["build"]
 
 
+def test_published_lines_of_contests_are_those_of_the_rows():
+    published = reproduce.read(TRAINING / "results" / "gap.csv")
+    for budget, contest in experiments.CONTESTS.items():
+        for row in contest.rows:
+            of_row = published[(published.budget == budget) & (published.row == row.name)]
+            for line in of_row[of_row.learning_rate.isin(contest.rates)].itertuples():  # B's range began lower
+                epochs = {"epochs": contest.trial_epochs} if line.stage == "trial" else {}
+                changed = replace(row, changes={**row.changes, **epochs, gap.RATE: line.learning_rate})
+                assert len(gap.lines(published[published.index == line.Index], changed, line.seed)) == 1, line
+
+
 def _noise_profile(row, seed, size=32):
     rows = [("block", 0, 1.0), ("block", 1, 2.0 + seed), ("branch", 0, 1.1)]
     return pd.DataFrame(
@@ -198,6 +209,15 @@ def _trained(row, seed, **columns):
     }  # fmt: skip
 
 
+def _leave(runs, row, seed, **changed):
+    """The folder of a final, as its training leaves it."""
+    folder = reproduce.folder_of(runs / "tiny", row, "final", f"{row.changes[gap.RATE]:g}", seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = engine.options(row.model, reproduce.recipe_of(row, seed, None), row.build)
+    kept = {key: options[key] for key in ("build", "fingerprint")}
+    (folder / "options.json").write_text(json.dumps({**kept, **changed}))
+
+
 def test_a_contest_is_decided_on_validation_and_tested_last(results, contest, monkeypatch):
     early = {("relu", 0.001): 0.2, ("relu", 0.01): 0.1, ("selu", 0.001): 0.3, ("selu", 0.01): 0.4}
     early |= {("tanh", 0.001): 0.45, ("tanh", 0.01): 0.9, ("elu", 0.001): 0.1, ("elu", 0.01): 0.3}
@@ -209,6 +229,7 @@ def test_a_contest_is_decided_on_validation_and_tested_last(results, contest, mo
         ran.append((stage, row.name, rate, seed))
         status = "diverged" if (stage, row.name, rate) == ("trial", "tanh", 0.01) else "complete"  # 0.9, and lost
         reached = early[row.name, rate] if stage == "trial" else late[row.name]
+        _leave(results, row, seed)
         return {"budget": budget, "stage": stage, **_trained(row, seed, status=status, val_accuracy=reached)}
 
     def evaluate(folder, data_dir):
@@ -245,28 +266,72 @@ def test_a_contest_is_decided_on_validation_and_tested_last(results, contest, mo
     assert "| selu | 0.01 | 40.0 | 60.0 ± 0.0 |  |  |" in gap.markdown("tiny", untested)
 
 
-def test_of_several_to_beat_the_best_on_validation_is_the_one(results, contest, monkeypatch):
-    monkeypatch.setitem(experiments.CONTESTS, "tiny", replace(contest, to_beat=2, semifinalists=1))
+def test_what_validates_best_is_the_one_though_another_tests_better(results, contest, monkeypatch):
+    monkeypatch.setitem(experiments.CONTESTS, "tiny", replace(contest, to_beat=2, semifinalists=2, finalists=2))
     reached = {"relu": 0.2, "selu": 0.3, "tanh": 0.4, "elu": 0.1}
-    tests = iter((0.50, 0.50, 0.60, 0.60, 0.57, 0.57))
+    tests = {"relu": 0.60, "selu": 0.50, "tanh": 0.57, "elu": 0.70}
 
     def train(budget, stage, row, seed, *_):
+        _leave(results, row, seed)
         return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=reached[row.name], epochs=1)}
 
+    def evaluate(folder, **_):
+        return {"accuracy": tests[folder.name.partition("-")[0]], "loss": 1.0}
+
     monkeypatch.setattr(gap, "train", train)
-    monkeypatch.setattr(engine, "evaluate", lambda folder, **_: {"accuracy": next(tests), "loss": 1.0})
+    monkeypatch.setattr(engine, "evaluate", evaluate)
     gap.main("tiny", runs=results)
-    shown = gap.markdown("tiny", pd.read_csv(results / "gap.csv"))
-    assert "by seed, less selu |" in shown
-    assert "| **tanh** | 0.001 | 40.0 | 40.0 ± 0.0 | 57.0 ± 0.0 | -3.0, -3.0 |" in shown
-    assert "| relu | 0.001 | 20.0 | 20.0 ± 0.0 | 50.0 ± 0.0 | -10.0, -10.0 |" in shown
-    drawn, draw = [], gap.pictures.contest
-    monkeypatch.setattr(gap.pictures, "contest", lambda *given: drawn.append(given) or draw(*given))
-    monkeypatch.setattr(signals, "FIGURES", results)
-    gap.picture("tiny", pd.read_csv(results / "gap.csv"))
-    assert [found.row.nunique() for found in drawn[0][:2]] == [4, 3] and drawn[0][2] == "selu"
-    gap.picture("tiny", pd.read_csv(results / "gap.csv").iloc[:-1])  # one final is missing
-    assert not len(drawn[1][1]) and drawn[1][2] == "relu"
+    table = pd.read_csv(results / "gap.csv")
+    shown = gap.markdown("tiny", table)
+    assert "test less that of selu, seeds 0, 1 |" in shown
+    assert "| **tanh** | 0.001 | 40.0 | 40.0 ± 0.0 | 57.0 ± 0.0 | +7.0, +7.0 |" in shown
+    assert "| relu | 0.001 | 20.0 | 20.0 ± 0.0 | 60.0 ± 0.0 | +10.0, +10.0 |" in shown
+    assert "| elu | 0.001 | 10.0 | 10.0 ± 0.0 | 70.0 ± 0.0 | +20.0, +20.0 |" in shown
+    drawn = []
+    monkeypatch.setattr(gap.plots, "save", lambda figure, path: drawn.append(figure) or path)
+    gap.picture("tiny", table)
+    labels = drawn[0].axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["tanh", "selu", "relu", "elu"]
+    assert [label.get_fontweight() for label in labels] == ["bold", "normal", "normal", "normal"]
+
+
+def test_a_final_is_tested_where_it_was_trained_or_not_at_all(results, contest, monkeypatch, capsys):
+    def train(budget, stage, row, seed, *_):
+        if (row.name, seed) != ("relu", 1):  # of a checkout that is gone
+            _leave(results, row, seed, **({"fingerprint": "another"} if row.name == "selu" else {}))
+        return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=0.5)}
+
+    monkeypatch.setattr(gap, "train", train)
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: pytest.fail("read before all are there"))
+    with pytest.raises(gap.typer.BadParameter, match="Received: none; say with --runs"):
+        gap.main("tiny", runs=results)
+    _leave(results, replace(contest.rows[0], changes={**contest.rows[0].changes, gap.RATE: 0.001}), 1)
+    with pytest.raises(gap.typer.BadParameter, match="trained selu, seed 0. Received: another"):
+        gap.main("tiny", runs=results)
+    capsys.readouterr()
+    gap.main("tiny", runs=results, dry_run=True)
+    assert capsys.readouterr().out.count("(its test is to be read)") == 4
+
+
+def test_a_dry_run_tells_what_comes_after(results, contest, monkeypatch, capsys):
+    def train(budget, stage, row, seed, *_):
+        if stage == "final" and seed:
+            raise KeyboardInterrupt
+        return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=0.5)}
+
+    def told():
+        gap.main("tiny", runs=results, dry_run=True)
+        return capsys.readouterr().out.splitlines()
+
+    lines = told()
+    assert len(lines) == 9 and all(line.endswith("(missing)") for line in lines[:8])
+    assert lines[8] == "then 3 semifinals, then 2 finals with the other seeds, then the test split of the finalists"
+    monkeypatch.setattr(gap, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        gap.main("tiny", runs=results)
+    capsys.readouterr()
+    lines = told()
+    assert len(lines) == 3 and lines[2] == "then the test split of the finalists"
 
 
 def test_a_final_that_another_table_holds_is_not_run_again(results, contest, monkeypatch):
@@ -281,6 +346,7 @@ def test_a_final_that_another_table_holds_is_not_run_again(results, contest, mon
 
     def train(budget, stage, row, seed, *_):
         ran.append((stage, row.name, seed))
+        _leave(results, row, seed)
         best = row.changes[gap.RATE] == 0.001
         return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=0.4 if best else 0.1)}
 
@@ -363,6 +429,7 @@ def test_a_final_that_diverged_is_a_result(results, contest, monkeypatch):
     def train(budget, stage, row, seed, *_):
         lost = stage == "final" and (row.name, seed) == ("selu", 1)
         status = "diverged" if lost else "complete"
+        _leave(results, row, seed)
         return {"budget": budget, "stage": stage, **_trained(row, seed, status=status, val_accuracy=len(row.name) / 10)}
 
     read = []
@@ -391,19 +458,30 @@ def test_a_trial_that_diverged_is_drawn_as_none(results, contest):
 
 
 def test_what_another_process_trains_is_left_to_it(results, contest, monkeypatch):
-    """Two processes of one command: the second goes on with the next run, and a line is written once."""
-    ran = []
+    """Two processes of one command: the second goes on with the next run, waits, and a line is written once."""
+    ran, waited = [], []
+
+    def trained(budget, stage, row, seed):
+        _leave(results, row, seed)
+        return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=0.5)}
 
     def train(budget, stage, row, seed, *_):
         ran.append(row.name)
-        if row.name == "relu":
+        if row.name == "relu" and not waited:
             raise engine.Taken("elsewhere")
-        return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=0.5)}
+        return trained(budget, stage, row, seed)
+
+    def sleep(seconds):
+        """The other ends one of its two runs, and dies."""
+        waited.append(len(ran))
+        reproduce.add(results / "gap.csv", trained("tiny", "trial", gap.trials(contest, contest.rows[0])[0], 0))
 
     monkeypatch.setattr(gap, "train", train)
+    monkeypatch.setattr(gap.time, "sleep", sleep)
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: {"accuracy": 0.5, "loss": 1.0})
     gap.main("tiny", runs=results)
-    assert ran == ["relu", "relu", "selu", "selu", "tanh", "tanh", "elu", "elu"]
-    assert set(reproduce.read(results / "gap.csv").row) == {"selu", "tanh", "elu"}
+    assert ran[:9] == ["relu", "relu", "selu", "selu", "tanh", "tanh", "elu", "elu", "relu"] and waited == [8]
+    assert reproduce.read(results / "gap.csv").stage.tolist() == ["trial"] * 8 + ["final"] * 5
     monkeypatch.setitem(reproduce.TABLES, "tiny", contest.rows[:2])
 
     def run(model, recipe, folder, overrides, **_):
@@ -500,8 +578,14 @@ def test_where_all_reach_the_final_nobody_waits_for_a_semifinal(results, contest
         return {"budget": budget, "stage": stage, **_trained(row, seed, val_accuracy=0.1, epochs=1)}
 
     monkeypatch.setattr(gap, "train", train)
+
+    def sleep(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gap.time, "sleep", sleep)
     monkeypatch.setattr(engine, "evaluate", lambda *_, **__: pytest.fail("the test split is read last"))
-    gap.main("tiny", runs=results)
+    with pytest.raises(KeyboardInterrupt):
+        gap.main("tiny", runs=results)
     assert sorted(ran[6:]) == [
         ("final", name, seed) for name, seed in [("relu", 0), ("relu", 1), ("selu", 0), ("selu", 1), ("tanh", 1)]
     ]

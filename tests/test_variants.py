@@ -214,7 +214,7 @@ def test_pnf_starts_with_an_even_signal():
         )
     }  # fmt: skip
     squares = {name: table.second_moment[table.layer.str.endswith("_out")] for name, table in expected.items()}
-    assert squares["pnf"].between(0.5, 30).all() and squares["plain"].iloc[-1] > 100
+    assert squares["pnf"].max() / squares["pnf"].min() < 40 and squares["plain"].iloc[-1] > 100
     noise = np.random.default_rng(0).standard_normal((32, 32, 32, 3)).astype("float32")
     net = nfzoo.build("pnf_efficientnet_b0", input_shape=(32, 32, 3), stem="small")
     assert (

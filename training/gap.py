@@ -11,6 +11,7 @@ training/results/gap.csv; a killed run resumes, a line that is there is not run 
 import json
 import math
 import pathlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated
@@ -31,6 +32,7 @@ with quiet_start():
     from nfzoo.files import waited_for
 
 RATE = "optimizer.learning_rate"
+WAIT = 30  # seconds between looks at what other processes train
 
 
 def trials(contest: Contest, row: Row) -> list[Row]:
@@ -105,6 +107,34 @@ def unread(contest: Contest, results: pd.DataFrame) -> list[tuple[Row, int]]:
     return [(row, seed) for row, seed, at in runs if at.test_accuracy.isna().all() and (at.status == "complete").all()]
 
 
+def ahead(contest: Contest, results: pd.DataFrame) -> str:
+    """What follows the runs that are missing now."""
+    missing = next(due(contest, results), None)
+    if missing is None:
+        return "nothing else is missing"
+    others = len(contest.rows) - contest.to_beat
+    stages, trial = ["the test split of the finalists"], missing[0] == "trial"
+    if trial or not finals(contest, results):
+        runs = (contest.to_beat + min(contest.finalists, others)) * (len(contest.seeds) - 1)
+        stages.insert(0, f"{runs} finals with the other seeds")
+    if trial:
+        stages.insert(0, f"{contest.to_beat + min(contest.semifinalists, others)} semifinals")
+    return "then " + ", then ".join(stages)
+
+
+def tested_in(budget: str, runs: pathlib.Path, row: Row, seed: int, trained: pd.Series) -> pathlib.Path:
+    """The folder of a final that is to be tested; it must hold the network that its line tells of."""
+    folder = folder_of(runs / budget, row, "final", f"{row.changes[RATE]:g}", seed)
+    found = engine.read_options(folder) if folder.is_dir() else {}
+    if (found.get("fingerprint"), found.get("build")) != (trained.fingerprint, json.loads(trained.build)):
+        raise typer.BadParameter(
+            f"Expected in {folder} the run that trained {row.name}, seed {seed}. Received: "
+            f"{'another' if found else 'none'}; say with --runs where it is, or take its line out of gap.csv to train "
+            "it again"
+        )
+    return folder
+
+
 def known(budget: str, stage: str, row: Row, seed: int) -> dict | None:
     """The line of the same run in another table; its test accuracy was read there."""
     for table in CONTESTS[budget].known if stage == "final" else ():
@@ -142,10 +172,15 @@ def to_beat(contest: Contest, final: dict[str, float]) -> str:
     return max((row.name for row in contest.rows[: contest.to_beat]), key=lambda name: final.get(name, 0.0))
 
 
+def claimed(contest: Contest, final: dict[str, float]) -> str | None:
+    """Of the candidates the best on validation: what a contest claims."""
+    return max(final.keys() - {row.name for row in contest.rows[: contest.to_beat]}, key=final.get, default=None)
+
+
 def markdown(budget: str, results: pd.DataFrame, finalists: bool = False) -> str:
     """Every candidate, or only `finalists`: best learning rate, validation after its trial and at the end, test.
 
-    What the contest claims is the row in bold: best on validation over all finals, not on the test split.
+    What the contest claims is the row in bold: best on validation over its finals, not on the test split.
     """
     contest = CONTESTS[budget]
     final = standings(contest, results)
@@ -153,11 +188,11 @@ def markdown(budget: str, results: pd.DataFrame, finalists: bool = False) -> str
         row.name: pd.concat([lines(results, row, seed) for seed in contest.seeds]).set_index("seed")
         for row in semifinals(contest, results)
     }
-    asked, rival = [row.name for row in contest.rows[: contest.to_beat]], to_beat(contest, final)
-    claimed = max(final.keys() - set(asked), key=final.get, default=None)
+    rival, best = to_beat(contest, final), claimed(contest, final)
+    whole_budget = recipe_of(contest.rows[0], contest.seeds[0], None).epochs
     text = [
-        f"| candidate | best rate | validation % after {contest.trial_epochs} epochs | at the end | test accuracy % | "
-        f"by seed, less {rival} |",
+        f"| candidate | best rate | validation % after {contest.trial_epochs} epochs | after {whole_budget} | "
+        f"test accuracy % | test less that of {rival}, seeds {', '.join(map(str, contest.seeds))} |",
         "| --- |" + " --- |" * 5,
     ]
     shown = {name: at for name, at in verdicts(contest, results).items() if name in final or not finalists}
@@ -169,7 +204,7 @@ def markdown(budget: str, results: pd.DataFrame, finalists: bool = False) -> str
             cells[1] = spread(whole.test_accuracy) + lost(runs)
             paired = 100 * (runs.test_accuracy - ended[rival].test_accuracy).reindex(contest.seeds)
             cells[2] = ", ".join("–" if math.isnan(x) else f"{x:+.1f}" for x in paired) if name != rival else ""
-        title = f"**{name}**" if name == claimed else name
+        title = f"**{name}**" if name == best else name
         text.append(f"| {title} | {rate:g} | {100 * early:.1f} | {' | '.join(cells)} |")
     return "\n".join(text)
 
@@ -187,7 +222,7 @@ def picture(budget: str, results: pd.DataFrame) -> pathlib.Path:
     tried = [lines(results, t, contest.seeds[0]) for row in contest.rows for t in trials(contest, row)]
     tested = [lines(results, row, seed) for row in finals(contest, results) if final for seed in contest.seeds]
     both = [pd.concat([results.head(0), *found]) for found in (tried, tested)]
-    drawn = pictures.contest(*both, to_beat(contest, final))
+    drawn = pictures.contest(*both, to_beat(contest, final), claimed(contest, final))
     return plots.save(drawn, signals.FIGURES / f"gap_{budget.lower()}.png")
 
 
@@ -251,16 +286,24 @@ def main(
     if dry_run:
         for stage, row, seed in jobs():
             console.print(f"{row.name}, {stage}, lr {row.changes[RATE]:g}, seed {seed} (missing)")
+        for row, seed in unread(contest, results):
+            console.print(f"{row.name}, final, lr {row.changes[RATE]:g}, seed {seed} (its test is to be read)")
+        console.print(ahead(contest, results), soft_wrap=True)
         return
-    while (job := next(jobs(), None)) is not None:
+    while (job := next(jobs(), None)) is not None or taken:
+        if job is None:  # what comes next depends on what the others train; one that died leaves its run to us
+            time.sleep(WAIT)
+            taken, results = [], read(path)
+            continue
         try:
             results = add(path, known(budget, *job) or train(budget, *job, data_dir, runs, console))
         except engine.Taken:
-            console.print("another process trains it; going on with the next")
+            console.print("another process trains it")
             taken.append(job)
             results = read(path)
-    for row, seed in unread(contest, results):
-        folder = folder_of(runs / budget, row, "final", f"{row.changes[RATE]:g}", seed)
+    to_read = [(row, seed, lines(results, row, seed).iloc[0]) for row, seed in unread(contest, results)]
+    folders = [tested_in(budget, runs, *final) for final in to_read]  # all of them, before any is read
+    for (row, seed, _), folder in zip(to_read, folders, strict=True):
         tested = engine.evaluate(folder, data_dir=data_dir)
         with waited_for(RESULTS):
             results = read(path)

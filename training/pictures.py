@@ -78,11 +78,14 @@ def branches(shares: pd.DataFrame):
 
 
 @styled
-def contest(trials: pd.DataFrame, finals: pd.DataFrame, to_beat: str):
-    """Candidates, best first: validation accuracy of their trials by learning rate; test accuracy of finals by seed."""
+def contest(trials: pd.DataFrame, finals: pd.DataFrame, to_beat: str, claimed: str | None = None):
+    """Candidates: validation accuracy of their trials by learning rate; test accuracy of finals by seed.
+
+    The best on validation comes first, of finals before trials; what the contest claims is in bold.
+    """
     trials = trials.assign(val_accuracy=trials.val_accuracy.where(trials.status == "complete", 0.0))  # diverged: none
     best, finals = trials.groupby("row").val_accuracy.max(), finals.dropna(subset="test_accuracy")
-    rank = finals.groupby("row").test_accuracy.mean().reindex(best.index).fillna(-1.0)
+    rank = finals.groupby("row").val_accuracy.mean().reindex(best.index).fillna(-1.0)
     names = sorted(best.index, key=lambda name: (rank[name], best[name]), reverse=True)
     panels = [(trials, "val_accuracy", f"validation accuracy after {trials.epochs.iloc[0]} epochs, %")]
     if len(finals):
@@ -98,7 +101,8 @@ def contest(trials: pd.DataFrame, finals: pd.DataFrame, to_beat: str):
     if to_beat in set(finals.row):
         line = 100 * finals[finals.row == to_beat].test_accuracy
         axes[-1].axvspan(line.min(), line.max(), color="#dddddd", zorder=0)
-    axes[0].set_yticks(range(len(names)), names)
+    for label in axes[0].set_yticks(range(len(names)), names):
+        label.label1.set_fontweight("bold" if label.label1.get_text() == claimed else "normal")
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     made.legend(*axes[0].get_legend_handles_labels(), title="learning rate", loc="outside right center")
     return made

@@ -152,8 +152,9 @@ class NF(Variant):
 class PNF(NF):
     """NF with plain depthwise kernels, and branches that are open from the start.
 
-    A standardized kernel sums to zero. A depthwise one takes away the mean of its map by that, the only one that it
-    sees, and a network of them learns slowly; LeCun's initialisation alone starts it at the same variance.
+    A standardized kernel sums to zero. A depthwise kernel sees one map only, so that standardized it removes that map's
+    mean, and networks of such kernels learn slowly at first. Plain ones start at the same variance by LeCun's
+    initialisation; the means that they let through add up, so that the variance over depth is less even than NF's.
 
     Attributes:
         skip_gain, standardize_depthwise: as of `NF`, with other defaults.
