@@ -107,7 +107,7 @@ def add(path: pathlib.Path, new: dict, key: list[str] = KEY) -> pd.DataFrame:
 
 def markdown(table: str, results: pd.DataFrame) -> str:
     """The table as README shows it: test accuracy in percent, mean ± std over seeds."""
-    lines = ["| model | test accuracy % | seeds | expected % |", "| --- | --- | --- | --- |"]
+    lines = ["| model | test accuracy % | seeds | expected % (± tolerance) |", "| --- | --- | --- | --- |"]
     for row in TABLES[table]:
         got = lines_of_row(results, row)
         if len(got):
