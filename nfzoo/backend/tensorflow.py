@@ -27,6 +27,26 @@ class Step:
     def train_step(self, data):
         return super().train_step(data) if self.agc is None else train_step(self, data)
 
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Make what a training step makes at first, metrics and the optimizer's variables, before it is traced.
+
+        TensorFlow traces a function that makes variables a second time, which doubles what compiling takes. Keras
+        spares it under a strategy, and there reads a batch for it, which an iterator would not give again.
+        """
+        super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+        kept = all(
+            getattr(type(self), name) is getattr(keras.Model, name) for name in ("compute_loss", "compute_metrics")
+        )
+        ours = kept and type(self).train_step is Step.train_step and self.built
+        if not ours or self._evaluates or self.run_eagerly or self._distribute_strategy is not None:
+            return
+        if iterator is not None:
+            data_batch = iterator._distributed_dataset.element_spec
+        absent = (tf.experimental.Optional, tf.OptionalSpec, tf.NoneTensorSpec)
+        batch = keras.tree.map_structure(lambda part: None if isinstance(part, absent) else part, data_batch)
+        if all(part.shape.rank is not None for part in tf.nest.flatten(batch) if isinstance(part, tf.TypeSpec)):
+            self._symbolic_build(data_batch=batch)
+
 
 def train_step(model: keras.Model, data, live=None, taps=None):
     """One step of Keras' own kind, with adaptive gradient clipping where the model has an `agc`.
