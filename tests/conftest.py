@@ -19,15 +19,13 @@ import pytest
 gc.freeze()
 gc.set_threshold(50_000, 10, 10)
 
+VARIANTS = ("none", "bn", "gn", "sn", "nf")
 LONGEST = "test_killed_twenty_times_it_ends_as_if_never"  # five minutes
 
 
 def pytest_collection_modifyitems(items):
     """The longest test comes first: last, it would keep one worker while the others have nothing to do."""
     items.sort(key=lambda item: item.name != LONGEST)
-
-
-VARIANTS = ("none", "bn", "gn", "sn", "nf")
 
 
 @pytest.fixture(autouse=True)

@@ -44,8 +44,7 @@ class Step:
             data_batch = iterator._distributed_dataset.element_spec
         absent = (tf.experimental.Optional, tf.OptionalSpec, tf.NoneTensorSpec)
         batch = keras.tree.map_structure(lambda part: None if isinstance(part, absent) else part, data_batch)
-        if all(part.shape.rank is not None for part in tf.nest.flatten(batch) if isinstance(part, tf.TypeSpec)):
-            self._symbolic_build(data_batch=batch)
+        self._symbolic_build(data_batch=batch)
 
 
 def train_step(model: keras.Model, data, live=None, taps=None):
