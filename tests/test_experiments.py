@@ -293,6 +293,11 @@ def test_what_validates_best_is_the_one_though_another_tests_better(results, con
     labels = drawn[0].axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == ["tanh", "selu", "relu", "elu"]
     assert [label.get_fontweight() for label in labels] == ["bold", "normal", "normal", "normal"]
+    assert "grey: selu" in drawn[0].axes[1].get_xlabel() and len(drawn[0].axes[1].lines) == 1
+    assert len(drawn[0].axes[1].lines[0].get_xdata()) == 8
+    gap.picture("tiny", table.iloc[:-1])  # one final is missing: nothing is told of the others
+    assert len(drawn[1].axes) == 1
+    assert all(label.get_fontweight() == "normal" for label in drawn[1].axes[0].get_yticklabels())
 
 
 def test_a_final_is_tested_where_it_was_trained_or_not_at_all(results, contest, monkeypatch, capsys):
@@ -454,6 +459,13 @@ def test_a_trial_that_diverged_is_drawn_as_none(results, contest):
     axes = gap.pictures.contest(pd.DataFrame(lines), pd.DataFrame(lines).head(0), "relu").axes[0]
     places = {label.get_text(): place for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)}
     assert places["tanh"] == max(places.values())
+    finals = [
+        {"row": "relu", "status": "complete", "val_accuracy": 0.3, "test_accuracy": 0.3, "learning_rate": 0.01},
+        {"row": "selu", "status": "complete", "val_accuracy": 0.5, "test_accuracy": 0.5, "learning_rate": 0.01},
+        {"row": "selu", "status": "diverged", "val_accuracy": 0.9, "test_accuracy": None, "learning_rate": 0.01},
+    ]  # selu: a quarter right
+    drawn = gap.pictures.contest(pd.DataFrame(lines), pd.DataFrame(finals), "relu").axes[0]
+    assert [label.get_text() for label in drawn.get_yticklabels()][:2] == ["relu", "selu"]
     assert {x for line in axes.lines for x, y in zip(*line.get_data(), strict=True) if y == places["tanh"]} == {0.0}
 
 

@@ -17,7 +17,7 @@ from nfzoo.export import card, formats, runtimes, source
 RECIPE = recipes.override(recipes.get("demo"), {"data.name": "fake", "epochs": 1, "batch_size": 64, "data.limit": 64})
 ENDINGS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx", "keras": ".keras"}
 EACH = slow_but(["onnx"], ENDINGS)  # the others start TensorFlow in their processes, or before
-FULL = ["nf_resnet50", "sn_efficientnet_b0"]
+FULL = ["nf_resnet50", "dm_nfnet_f0", "sn_efficientnet_b0"]
 
 
 @pytest.fixture(scope="module")

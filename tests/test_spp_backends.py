@@ -153,7 +153,7 @@ class Size(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         with open("/proc/self/statm") as file:
             sizes.append(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-probe = nfzoo.SignalPropagation(x, y, every=1, statistics="all", log_dir=tempfile.mkdtemp())
+probe = nfzoo.SignalPropagation(x, y, every=1, statistics="all", taps="layers", log_dir=tempfile.mkdtemp())
 model.fit(x, y, batch_size=4, epochs=240, verbose=0, callbacks=[probe, Size()])
 print(json.dumps(sizes))
 """

@@ -83,9 +83,12 @@ def contest(trials: pd.DataFrame, finals: pd.DataFrame, to_beat: str, claimed: s
 
     The best on validation comes first, of finals before trials; what the contest claims is in bold.
     """
-    trials = trials.assign(val_accuracy=trials.val_accuracy.where(trials.status == "complete", 0.0))  # diverged: none
-    best, finals = trials.groupby("row").val_accuracy.max(), finals.dropna(subset="test_accuracy")
+    trials, finals = (  # what diverged has none right
+        runs.assign(val_accuracy=runs.val_accuracy.where(runs.status == "complete", 0.0)) for runs in (trials, finals)
+    )
+    best = trials.groupby("row").val_accuracy.max()
     rank = finals.groupby("row").val_accuracy.mean().reindex(best.index).fillna(-1.0)
+    finals = finals.dropna(subset="test_accuracy")
     names = sorted(best.index, key=lambda name: (rank[name], best[name]), reverse=True)
     panels = [(trials, "val_accuracy", f"validation accuracy after {trials.epochs.iloc[0]} epochs, %")]
     if len(finals):
